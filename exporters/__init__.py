@@ -1,0 +1,1 @@
+"""Exporters: one file for each format that an adapter can be turned into."""

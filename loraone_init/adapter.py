@@ -1,0 +1,181 @@
+"""The adapter: factors of every layer, and the record of how they came about. docs/format.md specifies the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import InitConfig
+from .errors import AdapterError
+from .factors import LoraPair
+from .version import __version__
+
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is known of one layer's gradient and its SVD.
+
+    singular_values: of G, the leading r, descending, exactly zero beyond its numerical rank.
+    gradient_norm:   ‖G‖_F.
+    captured_energy: share of ‖G‖²_F in the leading r, 1 for G = 0.
+    residual:        ‖G − U·S·Vh‖_F.
+    sine:            upper estimate of the sine of the largest principal angle to the true rank-r subspaces; None
+                     where they are not defined: (σ_r − σ_{r+1})/σ_r < 0.01.
+    init:            "spectral"; "partial" where rank(G) < r; "standard" where G = 0.
+    """
+
+    shape: tuple[int, int]
+    singular_values: tuple[float, ...]
+    gradient_norm: float
+    captured_energy: float
+    residual: float
+    sine: float | None
+    svd_method: str
+    svd_iterations: int
+    init: Literal["spectral", "partial", "standard"]
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Mean loss over all label tokens: of the whole sample, and before and after the step on some of its rows.
+
+    suggested_gamma: where the step raises the loss, a γ that was seen to lower it, and the loss with it.
+    """
+
+    sample: float
+    rows: int
+    before: float
+    after: float
+    suggested_gamma: float | None = None
+    suggested_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """What a preconditioned trainer should use: g_A ← (BᵀB + λI)⁻¹ g_A and g_B ← g_B (AAᵀ + λI)⁻¹, λ = damping.
+
+    order: both from the factors before the step, applied to the gradients before Adam's moments.
+    """
+
+    kind: Literal["absolute"] = "absolute"
+    damping: float = 1e-6
+    order: Literal["simultaneous, before the moments"] = "simultaneous, before the moments"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA factors by module name, with everything a trainer or a reader needs to know.
+
+    base:   what the model is called: directory or hub id, revision, fingerprint, dtype computed in.
+    sample: the data: source, format, rows, tokens, fingerprint, options.
+    """
+
+    pairs: Mapping[str, LoraPair]
+    config: InitConfig
+    layers: Mapping[str, LayerReport]
+    loss: LossReport
+    base: Mapping[str, str | None] = field(default_factory=dict)
+    sample: Mapping[str, Any] = field(default_factory=dict)
+    task_type: str | None = "CAUSAL_LM"
+    fan_in_fan_out: bool = False
+    preconditioner: Preconditioner = Preconditioner()
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(pair.A.numel() + pair.B.numel() for pair in self.pairs.values())
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write one file if `path` ends in .safetensors, else a PEFT directory. Whole or not at all.
+
+        Raises OutputError where something is there already (unless `overwrite`) or it cannot be written.
+        """
+        from .adapter_files import save_adapter
+
+        save_adapter(self, Path(path), overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Adapter:
+        """Read what `save` wrote, either form. Raises AdapterError where it is something else."""
+        from .adapter_files import load_adapter
+
+        return load_adapter(Path(path))
+
+    def peft_config(self) -> dict[str, Any]:
+        """The content of PEFT's adapter_config.json. None of our own fields are in it: PEFT warns about those.
+
+        `init_lora_weights: true` has no effect on loading, unlike "pissa" or "lora_ga", which would edit the base.
+        """
+        alpha = self.config.alpha
+        return {
+            "peft_type": "LORA",
+            "task_type": self.task_type,
+            "base_model_name_or_path": self.base.get("name"),
+            "revision": self.base.get("revision"),
+            "r": self.config.rank,
+            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+            "use_rslora": self.config.scaling == "rslora",
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "init_lora_weights": True,
+            "inference_mode": True,
+            "target_modules": sorted(self.pairs),
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """The file's header metadata. It holds no dates or durations: the same run writes the same bytes."""
+        record = {
+            "method": "lora-one",
+            "created_by": f"loraone-init {__version__}",
+            "scale": self.config.scale,
+            "config": asdict(self.config),
+            "base": dict(self.base),
+            "sample": dict(self.sample),
+            "loss": asdict(self.loss),
+            "preconditioner": asdict(self.preconditioner),
+            "layers": {name: asdict(report) for name, report in self.layers.items()},
+        }
+        return {
+            "format": "pt",
+            "format_version": FORMAT_VERSION,
+            "peft_config": json.dumps(self.peft_config()),
+            "loraone": json.dumps(record),
+        }
+
+
+def parse_metadata(pairs: Mapping[str, LoraPair], metadata: Mapping[str, str]) -> Adapter:
+    """The adapter from its factors and the header metadata that `Adapter.metadata` wrote."""
+    version = metadata.get("format_version")
+    if version is None or "loraone" not in metadata:
+        raise AdapterError("it has no loraone metadata: not written by loraone-init")
+    if version != FORMAT_VERSION:
+        raise AdapterError(f"it has format version {version}, this release reads {FORMAT_VERSION}")
+    try:
+        record = json.loads(metadata["loraone"])
+        peft = json.loads(metadata["peft_config"])
+        return Adapter(
+            pairs={name: pairs[name] for name in record["layers"]},
+            config=InitConfig(**{key: _tuples(value) for key, value in record["config"].items()}),
+            layers={
+                name: LayerReport(**{key: _tuples(value) for key, value in layer.items()})
+                for name, layer in record["layers"].items()
+            },
+            loss=LossReport(**record["loss"]),
+            base=record["base"],
+            sample=record["sample"],
+            task_type=peft["task_type"],
+            fan_in_fan_out=peft["fan_in_fan_out"],
+            preconditioner=Preconditioner(**record["preconditioner"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where the records have tuples."""
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,107 @@
+"""Adapters on disk: one safetensors file, or a directory as PEFT writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .adapter import Adapter, parse_metadata
+from .atomic import atomic_directory, atomic_file
+from .errors import AdapterError, OutputError
+from .factors import LoraPair
+from .model_card import model_card
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+CARD = "README.md"
+
+
+def is_single_file(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise OutputError if `path` cannot be written, before any work is done."""
+    if is_single_file(path):
+        if path.is_dir():
+            raise OutputError(f"{path} is a directory; name a file, or a directory without .safetensors at its end")
+        existing = [path] if path.exists() else []
+    else:
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"{path} is a file; an output without .safetensors at its end is a directory")
+        existing = sorted(path.iterdir()) if path.is_dir() else []
+    if existing and not overwrite:
+        raise OutputError(f"{existing[0]} exists already; choose another output, or pass --overwrite")
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise OutputError(f"cannot write {path}: {ancestor} is no directory that can be written to")
+
+
+def save_adapter(adapter: Adapter, path: Path, overwrite: bool) -> None:
+    """See `Adapter.save`."""
+    check_output(path, overwrite)
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make directory {path.parent}: {error.strerror}") from error
+    if is_single_file(path):
+        _write_weights(adapter, path)
+        return
+    with atomic_directory(path) as temporary:
+        _write_weights(adapter, temporary / WEIGHTS)
+        _write_text(temporary / CARD, model_card(adapter))
+        _write_text(temporary / CONFIG, json.dumps(adapter.peft_config(), indent=2) + "\n")
+
+
+def load_adapter(path: Path) -> Adapter:
+    """See `Adapter.load`."""
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise AdapterError(f"there is no adapter {file}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is no safetensors file: {error}") from error
+    try:
+        return parse_metadata(_pair_up(tensors), metadata)
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error}") from error
+
+
+def tensor_names(module: str) -> tuple[str, str]:
+    """PEFT's names of a module's A and B."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _write_weights(adapter: Adapter, path: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for module, pair in adapter.pairs.items():
+        name_a, name_b = tensor_names(module)
+        tensors[name_a], tensors[name_b] = pair.A, pair.B
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=adapter.metadata())
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _pair_up(tensors: dict[str, torch.Tensor]) -> dict[str, LoraPair]:
+    """Factors by module, matched by name. Raises AdapterError for a factor without its partner."""
+    pairs = {}
+    for name in tensors:
+        module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
+        names = tensor_names(module)
+        if name not in names or any(other not in tensors for other in names):
+            raise AdapterError(f"tensor {name} is no LoRA factor, or lacks its partner")
+        pairs[module] = LoraPair(tensors[names[0]], tensors[names[1]])
+    return pairs

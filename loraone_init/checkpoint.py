@@ -1,0 +1,144 @@
+"""A safetensors checkpoint: one file or several shards, tensors read one at a time, never memory-mapped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FINGERPRINT_BYTES = 4096
+"""Leading bytes of every tensor's data that enter the fingerprint."""
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of the safetensors files in a model directory, by their names in the files."""
+
+    def __init__(self, directory: Path) -> None:
+        self._files = {path: _open(path) for path in _shards(directory)}
+        self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._where)
+
+    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """The tensor on the CPU in its stored dtype. Raises ModelError where it cannot be read or has another shape."""
+        path = self._where[name]
+        try:
+            tensor: torch.Tensor = self._files[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"cannot read tensor {name} of {path}: {error}; is the file complete?") from error
+        if tensor.shape != shape:
+            raise ModelError(
+                f"tensor {name} of {path} has shape {tuple(tensor.shape)}, the model expects {tuple(shape)}; does"
+                " config.json belong to these weights?"
+            )
+        return tensor
+
+    def dtypes(self) -> set[str]:
+        """The safetensors dtype codes in the files, such as "BF16"."""
+        return {self._files[path].get_slice(name).get_dtype() for name, path in self._where.items()}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over each tensor's name, dtype, shape and first 4,096 bytes, in order of names (docs/format.md).
+
+        Independent of how tensors are distributed over shards; fine-tuning changes it, resharding does not.
+        """
+        headers = {path: _read_header(path) for path in self._files}
+        digest = hashlib.sha256()
+        for name in self.names:
+            path = self._where[name]
+            start, header = headers[path]
+            entry = header[name]
+            begin, end = entry["data_offsets"]
+            digest.update(json.dumps([name, entry["dtype"], entry["shape"]], separators=(",", ":")).encode())
+            with open(path, "rb") as file:
+                file.seek(start + begin)
+                digest.update(file.read(min(end - begin, FINGERPRINT_BYTES)))
+        return digest.hexdigest()
+
+
+def map_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str] | None:
+    """For every parameter and persistent buffer of `model` that the checkpoint holds, the checkpoint's name for it.
+
+    Checkpoint names are not always module names; transformers' own conversion mapping renames them. None where some
+    tensor is not only renamed but put together from several (fused experts): it cannot be read alone.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, str] = {}
+    for name in names:
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if renamed not in state and name in state:
+            renamed, converter = name, None
+        if converter is not None and renamed in state:
+            return None
+        if renamed in state:
+            found[renamed] = name
+    return found
+
+
+def declared_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """For each parameter that transformers keeps in a dtype other than `dtype` (T5's `wo` in fp16), that dtype."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    return {
+        name: kept for name, _ in model.named_parameters() for pattern, kept in plan.items() if re.search(pattern, name)
+    }
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / _INDEX
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise ModelError(f"{index} is not a safetensors index: {error}") from error
+        missing = [name for name in files if not (directory / name).is_file()]
+        if missing:
+            raise ModelError(f"{directory} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}")
+        return [directory / name for name in files]
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{directory} holds pickled weights only ({pickles[0]}), which can run code when loaded; convert them once,"
+            " in an environment you trust, with AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), and"
+            " pass NEW_DIR"
+        )
+    raise ModelError(f"{directory} has no model.safetensors (nor {_INDEX}); it must hold a model's safetensors weights")
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read {path}: {error}; is the file complete?") from error
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data begin, and the header: the safetensors format's first 8 bytes are its length, little-endian."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    return 8 + length, header

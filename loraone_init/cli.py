@@ -1,0 +1,145 @@
+"""The command `loraone-init`. Heavy imports wait until the options have been read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .cli_support import CONTEXT, one_line_errors, parse_modules, start_logging
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .config import InitConfig
+    from .data import DataOptions
+
+
+@click.command("loraone-init", context_settings=CONTEXT)
+@click.argument("model")
+@click.argument("data")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Where to write: FILE.safetensors, or a PEFT directory.",
+)
+@click.option("-r", "--rank", default=8, type=click.IntRange(min=1), help="Columns of B and rows of A.")
+@click.option("--alpha", default=16.0, help="LoRA's α.")
+@click.option("--gamma", default=128.0, help="γ: the step's largest singular value is s/γ in every layer.")
+@click.option(
+    "--scaling", default="rslora", type=click.Choice(["rslora", "lora"]), help="s = α/√r (rslora) or α/r (lora)."
+)
+@click.option(
+    "--target-modules",
+    default="all-linear",
+    help="all-linear, names separated by commas, or a regular expression for whole module names.",
+)
+@click.option("--exclude-modules", help="Names or a regular expression of layers to leave out.")
+@click.option("--samples", default=64, type=click.IntRange(min=1), help="Rows to draw from the data.")
+@click.option("--max-length", default=1024, type=click.IntRange(min=2), help="Tokens kept of a row.")
+@click.option("--batch-size", default=8, type=click.IntRange(min=1), help="Rows that pass a block together.")
+@click.option("--split", help="Split of a hub data set.  [default: train]")
+@click.option("--columns", help="Which columns to read, such as prompt=question,completion=answer.")
+@click.option(
+    "--completion-only/--all-tokens",
+    default=None,
+    help="Train on completions only, or on all tokens.  [default: completions, where there are prompts]",
+)
+@click.option("--assistant-only", is_flag=True, help="Train on the assistant's messages only.")
+@click.option("--block-path", help="Name of the list of blocks, for a model where it cannot be found.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+@click.option(
+    "--dtype",
+    default="auto",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "float64"]),
+    help="What to compute in; gradients and SVDs are fp32 or better in any case.",
+)
+@click.option("--seed", default=0, help="Seeds the choice of rows and the SVDs.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--token", help="Hub token.  [default: HF_TOKEN]")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output.")
+@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks.")
+@click.version_option(__version__, prog_name="loraone-init")
+def main(verbose: bool, quiet: bool, **options: Any) -> None:
+    """Write the LoRA-One starting adapter of MODEL for DATA.
+
+    MODEL is a Hugging Face directory, a hub id, a .gguf file, or "demo" for the packaged SmolLM2-135M-Instruct. DATA
+    is a .jsonl, .json, .csv, .parquet or .txt file or a hub data set id, with columns text, prompt and completion,
+    messages, question and answer, or instruction and output.
+
+    \b
+      loraone-init demo examples/gsm8k.jsonl -o adapters.safetensors
+    """
+    with one_line_errors(verbose):
+        _run(verbose, quiet, **options)
+
+
+def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_json: bool, **options: Any) -> None:
+    from .adapter_files import check_output
+    from .data import load_batches
+    from .errors import ModelError
+    from .initialization import initialize
+    from .models import open_model
+    from .report import Bars, print_summary, summarize
+
+    config = _init_config(options)
+    data_options = _data_options(options)
+    check_output(output, options["overwrite"])
+    start_logging(quiet, verbose)
+    with Bars(shown=not (quiet or as_json)) as monitor:
+        with monitor.timed("open"):
+            opened = open_model(
+                model,
+                revision=options["revision"],
+                token=options["token"],
+                trust_remote_code=options["trust_remote_code"],
+                device=options["device"],
+                dtype=options["dtype"],
+                block_path=options["block_path"],
+            )
+        if opened.tokenizer is None:
+            raise ModelError(f"{model} has no tokenizer that can be read; put its tokenizer files beside config.json")
+        with monitor.timed("data"):
+            sample = load_batches(data, opened.tokenizer, data_options, token=options["token"])
+        adapter = initialize(opened, sample, config, monitor=monitor)
+        with monitor.timed("save"):
+            adapter.save(output, overwrite=options["overwrite"])
+    summary = summarize(adapter, output, monitor)
+    if not quiet or as_json:
+        print_summary(summary, as_json)
+
+
+def _init_config(options: dict[str, Any]) -> InitConfig:
+    from .config import InitConfig
+
+    return InitConfig(
+        rank=options["rank"],
+        alpha=options["alpha"],
+        gamma=options["gamma"],
+        scaling=options["scaling"],
+        target_modules=parse_modules(options["target_modules"]),
+        exclude_modules=parse_modules(options["exclude_modules"]),
+        block_path=options["block_path"],
+        seed=options["seed"],
+    )
+
+
+def _data_options(options: dict[str, Any]) -> DataOptions:
+    from .data import DataOptions
+    from .formats import parse_columns
+
+    return DataOptions(
+        samples=options["samples"],
+        max_length=options["max_length"],
+        batch_size=options["batch_size"],
+        split=options["split"],
+        columns=parse_columns(options["columns"]) if options["columns"] else None,
+        completion_only=options["completion_only"],
+        assistant_only=options["assistant_only"],
+        seed=options["seed"],
+    )

@@ -1,0 +1,56 @@
+"""Options of the initialisation, checked once where they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import ConfigError
+
+Scaling = Literal["rslora", "lora"]
+
+ALL_LINEAR = "all-linear"
+"""The `target_modules` value that takes every linear layer but the output embedding, as in PEFT."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Settings of one LoRA-One initialisation.
+
+    rank:            r, the columns of B and rows of A.
+    alpha:           α of LoRA.
+    gamma:           γ; the step's largest singular value is s/γ in every layer.
+    scaling:         "rslora" for s = α/√r, "lora" for s = α/r.
+    target_modules:  "all-linear", a regular expression that matches whole module names, or a tuple of
+                     names matched as PEFT does (the module's full name or its dotted ending).
+    exclude_modules: a regular expression or a tuple of names, likewise; () for none.
+    block_path:      name of the module list to stream, where it cannot be found by itself.
+    seed:            seeds the SVD's test matrices and standard-initialised rows.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    gamma: float = 128.0
+    scaling: Scaling = "rslora"
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] = ()
+    block_path: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}")
+        for name in ("alpha", "gamma"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number, got {value}")
+        if self.scaling not in get_args(Scaling):
+            raise ConfigError(f"scaling must be one of {', '.join(get_args(Scaling))}, got {self.scaling!r}")
+        if not self.target_modules:
+            raise ConfigError('target_modules is empty; use "all-linear", names or a regular expression')
+
+    @property
+    def scale(self) -> float:
+        """s, the factor of B·A: α/√r (rsLoRA) or α/r."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)

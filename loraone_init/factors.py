@@ -1,0 +1,42 @@
+"""The LoRA-One starting factors (arXiv 2502.01235, Algorithm 1, lines 3-6)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One layer's factors: A = lora_A (r, in), B = lora_B (out, r); the adapted weight is W + s·B·A."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+
+def spectral_init(
+    U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, gamma: float, generator: torch.Generator
+) -> LoraPair:
+    """B₀ = −γ^(−1/2)·U·Ŝ^(1/2), A₀ = γ^(−1/2)·Ŝ^(1/2)·Vh with Ŝ = S/S[0], from G ≈ U·diag(S)·Vh.
+
+    U (out, r), S (r,) descending, Vh (r, in). The minus makes it a descent step: s·B₀A₀ = −(s/(γ·S[0]))·G_r.
+    Where S is exactly zero (rank(G) < r, or G = 0) the rows of A are standard-initialised from `generator` and the
+    columns of B zero, as in plain LoRA, so that these directions can still be learnt.
+    Returns fp32 factors on the CPU.
+    """
+    top = S[0].item()
+    root = (S / top / gamma).sqrt() if top > 0 else torch.zeros_like(S)
+    B = (-U * root).to(device="cpu", dtype=torch.float32)
+    A = (root[:, None] * Vh).to(device="cpu", dtype=torch.float32)
+    unused = (S == 0).cpu()
+    B[:, unused] = 0.0
+    A[unused] = standard_rows(int(unused.sum()), A.shape[1], generator)
+    return LoraPair(A.contiguous(), B.contiguous())
+
+
+def standard_rows(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Rows of A as PEFT draws them: Kaiming-uniform with a = √5, which is U(−1/√in, 1/√in)."""
+    bound = 1.0 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)

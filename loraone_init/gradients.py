@@ -1,0 +1,155 @@
+"""Exact full-fine-tuning gradients of linear layers, G = Σ dYᵀX / N, one block's layers alive at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import DataError, NumericalError
+from .monitor import Monitor
+from .objective import Objective, RowLosses
+from .streaming import BlockStack, Trace, stream_backward, stream_forward
+from .targets import layer_shape
+
+
+@dataclass(frozen=True)
+class LayerGradient:
+    """G = ∇_W L (out, in) of one layer, fp32 (fp64 for an fp64 model)."""
+
+    name: str
+    G: torch.Tensor
+
+
+class Collector:
+    """Sums dYᵀX of the target layers, in fp32 or better whatever the model's dtype.
+
+    The gradient of the weight itself is never asked for: a layer's input is kept by a forward hook and multiplied
+    with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike.
+    """
+
+    def __init__(self, targets: Mapping[str, nn.Module]) -> None:
+        self._targets = dict(targets)
+        self._sums: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, every differentiated call of a target layer adds to its sum."""
+        with ExitStack() as stack:
+            for name, module in self._targets.items():
+                hook = module.register_forward_hook(partial(self._after_forward, name), with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
+
+    def take(self, name: str, count: float) -> LayerGradient:
+        """The finished gradient of the layer, sum / count; exactly zero if no gradient reached it. Drops the sum."""
+        G = self._sums.pop(name, None)
+        if G is None:
+            return LayerGradient(name, torch.zeros(layer_shape(self._targets[name])))
+        return LayerGradient(name, G.div_(count))
+
+    def _after_forward(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not output.requires_grad:  # below, nothing needs a gradient: start the graph here
+            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+        output.register_hook(partial(self._add, name, x.detach()))
+        return output
+
+    def _add(self, name: str, x: torch.Tensor, dY: torch.Tensor) -> None:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        X = x.reshape(-1, x.shape[-1]).to(dtype)
+        dY = dY.reshape(-1, dY.shape[-1]).to(dtype)
+        if name in self._sums:
+            self._sums[name].addmm_(dY.T, X)
+        else:
+            self._sums[name] = dY.T @ X
+
+
+def stream_gradients(
+    stack: BlockStack,
+    targets: Mapping[str, nn.Module],
+    objective: Objective,
+    batches: Sequence[Any],
+    monitor: Monitor | None = None,
+) -> tuple[list[RowLosses], Iterator[LayerGradient]]:
+    """Losses of all batches, and the gradient of their overall mean for every target layer.
+
+    The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
+    mode with frozen parameters.
+
+    Raises DataError where no token is trained on, NumericalError where the loss is not finite.
+    """
+    monitor = monitor or Monitor()
+    collector = Collector(targets)
+    trained = frozenset(index for index, block in enumerate(stack.names) if _within(targets, block))
+    losses: dict[int, RowLosses] = {}
+
+    def finish(index: int, features: Any) -> None:
+        with monitor.timed("head"):
+            losses[index] = objective.finish(features, batches[index], backward=True)
+
+    with monitor.timed("forward"), collector.attached(), objective.active():
+        forwards = [partial(objective.forward, batch) for batch in batches]
+        traces = stream_forward(stack, forwards, finish, trained, partial(monitor.step, "forward"))
+    ordered = [losses[index] for index in range(len(batches))]
+    _, count = check_losses(ordered)
+    return ordered, _backward(stack, targets, collector, traces, count, monitor)
+
+
+def _backward(
+    stack: BlockStack,
+    targets: Mapping[str, nn.Module],
+    collector: Collector,
+    traces: list[Trace],
+    count: float,
+    monitor: Monitor,
+) -> Iterator[LayerGradient]:
+    waiting = dict.fromkeys(targets)
+    num_calls = len(traces[0].calls)
+    with collector.attached():
+        for done, block in enumerate(stream_backward(stack, traces), start=1):
+            monitor.step("backward", done, num_calls)
+            for name in _within(waiting, stack.names[block]):
+                del waiting[name]
+                yield collector.take(name, count)
+    for name in waiting:  # layers outside of all blocks, or never reached
+        yield collector.take(name, count)
+
+
+def stream_losses(stack: BlockStack, objective: Objective, batches: Sequence[Any]) -> list[RowLosses]:
+    """Losses of all batches, no gradients."""
+    losses: dict[int, RowLosses] = {}
+
+    def finish(index: int, features: Any) -> None:
+        with torch.no_grad():
+            losses[index] = objective.finish(features, batches[index], backward=False)
+
+    with objective.active():
+        stream_forward(stack, [partial(objective.forward, batch) for batch in batches], finish)
+    return [losses[index] for index in range(len(batches))]
+
+
+def check_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
+    """(mean loss, number of terms) over all rows."""
+    total = sum(float(rows.sums.sum()) for rows in losses)
+    count = sum(float(rows.counts.sum()) for rows in losses)
+    if count == 0:
+        raise DataError("the batches have no trainable tokens: every label is masked")
+    mean = total / count
+    if mean != mean or mean in (float("inf"), float("-inf")):
+        raise NumericalError(f"the loss is {mean}; check the weights, or use --dtype float32")
+    return mean, count
+
+
+def _within(names: Mapping[str, Any], block: str) -> list[str]:
+    """The names that lie inside of `block`."""
+    return [name for name in names if name.startswith(f"{block}.")]

@@ -1,0 +1,164 @@
+"""The main job, put together: gradients, their SVDs, factors, the loss before and after. No maths of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, LayerReport
+from .config import InitConfig
+from .errors import ConfigError, ModelError, NumericalError
+from .evaluation import evaluate_step
+from .factors import LoraPair, spectral_init
+from .gradients import LayerGradient, stream_gradients
+from .models import OpenModel, open_module
+from .monitor import Monitor
+from .objective import CausalLM, LossFunction, Objective, WholeModel
+from .svd import TruncatedSVD, layer_generator, truncated_svd
+from .targets import is_conv1d, layer_shape, select_targets
+
+if TYPE_CHECKING:
+    from .data import Sample
+
+
+def initialize(
+    model: OpenModel | nn.Module,
+    batches: Sample | Sequence[Any],
+    config: InitConfig | None = None,
+    *,
+    loss: LossFunction | None = None,
+    monitor: Monitor | None = None,
+) -> Adapter:
+    """The LoRA-One adapter of `model` for `batches`; the model is left as it was.
+
+    model:   from `open_model`, or any module with linear layers, which then stays where it is.
+    batches: from `load_batches`, or a sequence of batches: mappings with input_ids, attention_mask and labels
+             (batch, tokens) for a causal language model, anything that `loss` understands otherwise.
+    loss:    loss(model, batch) -> (summed loss, number of terms), for models that are no transformers causal LM.
+    monitor: is told of progress and keeps the seconds of each stage.
+
+    Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large), DataError (nothing to train on),
+    NumericalError (a loss or gradient is not finite; names the layer).
+    """
+    config = config or InitConfig()
+    monitor = monitor or Monitor()
+    opened = model if isinstance(model, OpenModel) else open_module(model, config.block_path)
+    sample = _describe(batches)
+    rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
+    targets = select_targets(opened.module, config.target_modules, config.exclude_modules)
+    _check_rank(targets, config.rank)
+    objective = _choose_objective(opened, loss)
+    with _frozen(opened.module):
+        losses, gradients = stream_gradients(opened.stack, targets, objective, rows, monitor)
+        pairs, layers = _initialize_layers(gradients, config, monitor)
+        with monitor.timed("evaluate"):
+            report = evaluate_step(
+                opened.stack, objective, rows, losses, pairs, targets, config.scale, config.gamma, config.seed
+            )
+    return Adapter(
+        pairs={name: pairs[name] for name in targets},
+        config=config,
+        layers={name: layers[name] for name in targets},
+        loss=report,
+        base={
+            "name": opened.name,
+            "revision": opened.revision,
+            "fingerprint": opened.fingerprint,
+            "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
+        },
+        sample=sample,
+        task_type="CAUSAL_LM" if loss is None else None,
+        fan_in_fan_out=any(map(is_conv1d, targets.values())),
+    )
+
+
+def _initialize_layers(
+    gradients: Iterator[LayerGradient], config: InitConfig, monitor: Monitor
+) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
+    """Takes the gradients one by one; each is dropped before the next is asked for."""
+    pairs: dict[str, LoraPair] = {}
+    layers: dict[str, LayerReport] = {}
+    while True:
+        with monitor.timed("backward"):
+            gradient = next(gradients, None)
+        if gradient is None:
+            return pairs, layers
+        with monitor.timed("svd"):
+            pairs[gradient.name], layers[gradient.name] = _initialize_layer(gradient, config)
+        del gradient
+
+
+def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[LoraPair, LayerReport]:
+    generator = layer_generator(config.seed, gradient.name)
+    try:
+        svd = truncated_svd(gradient.G, config.rank, generator=generator)
+    except NumericalError as error:
+        raise NumericalError(
+            f"the gradient of layer {gradient.name} is not finite; check the weights, or use --dtype float32"
+        ) from error
+    pair = spectral_init(svd.U, svd.S, svd.Vh, config.gamma, generator)
+    return pair, _report(gradient, svd, config.rank)
+
+
+def _report(gradient: LayerGradient, svd: TruncatedSVD, rank: int) -> LayerReport:
+    rows, columns = gradient.G.shape
+    return LayerReport(
+        shape=(rows, columns),
+        singular_values=tuple(svd.S.double().tolist()),
+        gradient_norm=svd.norm,
+        captured_energy=svd.captured_energy,
+        residual=svd.residual,
+        sine=svd.sine,
+        svd_method=svd.method,
+        svd_iterations=svd.iterations,
+        init="spectral" if svd.rank == rank else "partial" if svd.rank else "standard",
+    )
+
+
+def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
+    """The data's record for the metadata; only what `load_batches` gives has one."""
+    if not is_dataclass(batches):
+        return {}
+    record = {field.name: getattr(batches, field.name) for field in fields(batches) if field.name != "batches"}
+    return {**record, "options": asdict(record["options"])}
+
+
+def _check_rank(targets: Mapping[str, nn.Module], rank: int) -> None:
+    shapes = {name: layer_shape(module) for name, module in targets.items()}
+    name = min(shapes, key=lambda name: min(shapes[name]))
+    if rank > min(shapes[name]):
+        raise ConfigError(
+            f"rank {rank} is larger than layer {name} of shape {shapes[name]} allows; use --rank {min(shapes[name])} or"
+            " less, or leave the layer out with --exclude-modules"
+        )
+
+
+def _choose_objective(opened: OpenModel, loss: LossFunction | None) -> Objective:
+    if loss is not None:
+        return WholeModel(opened.module, loss)
+    if not hasattr(opened.module, "get_output_embeddings"):
+        raise ModelError(f"{type(opened.module).__name__} is no transformers model; pass loss=")
+    return CausalLM(opened.module, opened.device)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode (dropout would make the gradient a matter of chance) and no parameter gradients; put back after."""
+    modes = {part: part.training for part in module.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    module.eval()
+    for parameter in flags:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,226 @@
+"""Open a model for streaming: everything but the blocks in memory, the blocks in the checkpoint until needed."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import nn
+
+from .blocks import describe_module_lists, find_blocks
+from .checkpoint import Checkpoint, declared_dtypes, map_parameters
+from .errors import ConfigError, ModelError
+from .sources import LocalModel, resolve_model
+from .stores import DiskStore, ResidentStore, get_tensor, set_tensor
+from .streaming import BlockStack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that can be run block by block.
+
+    name:        what the adapter names as its base; None for a module from Python.
+    fingerprint: of the checkpoint (see `Checkpoint.fingerprint`); None for a module from Python.
+    """
+
+    module: nn.Module
+    stack: BlockStack
+    device: torch.device
+    name: str | None = None
+    revision: str | None = None
+    fingerprint: str | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+
+def open_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: DType = "auto",
+    block_path: str | None = None,
+) -> OpenModel:
+    """Open a causal language model: a directory, a hub id, a .gguf file or "demo".
+
+    device: "auto" is the first CUDA device, else the CPU.
+    dtype:  to compute in; "auto" is float32 on the CPU (bf16 is slower there) and the checkpoint's own on a GPU.
+    block_path: name of the module list to stream, for a model whose blocks cannot be found by themselves.
+
+    Raises ModelError, in one line, for whatever cannot be opened.
+    """
+    place = select_device(device)
+    source = resolve_model(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
+    checkpoint = Checkpoint(source.directory)
+    module, stack = _load(source, checkpoint, place, dtype, trust_remote_code, block_path)
+    return OpenModel(
+        module,
+        stack,
+        place,
+        source.name,
+        source.revision,
+        checkpoint.fingerprint(),
+        _load_tokenizer(source, trust_remote_code),
+    )
+
+
+def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
+    """Any module, with its weights where they are; blocks are found as in `open_model`, none is fine too."""
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        raise ModelError(f"{type(module).__name__} has no parameters")
+    stack = BlockStack(module, find_blocks(module, block_path), ResidentStore())
+    return OpenModel(module, stack, parameter.device, getattr(module, "name_or_path", None) or None)
+
+
+def select_device(device: str) -> torch.device:
+    """The torch device for an option's value, checked to be there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
+
+
+def _load(
+    source: LocalModel,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: DType,
+    trust_remote_code: bool,
+    block_path: str | None,
+) -> tuple[nn.Module, BlockStack]:
+    model = _skeleton(source, _select_dtype(dtype, device), trust_remote_code)
+    blocks = find_blocks(model, block_path)
+    if not blocks:
+        raise ModelError(
+            f"cannot tell the blocks of {type(model).__name__}; name their list with --block-path; there are:"
+            f" {describe_module_lists(model)}"
+        )
+    names = None if trust_remote_code else map_parameters(model, checkpoint.names)
+    if names is None:
+        reason = "the model has code of its own" if trust_remote_code else "its tensors are stored in another form"
+        logger.warning("The whole model is held in memory: %s, so blocks cannot be read one by one", reason)
+        model = _load_whole(source, model.dtype, trust_remote_code).to(device)
+        return model, BlockStack(model, blocks, ResidentStore())
+    store = DiskStore(model, checkpoint, names, device)
+    _load_rest(model, blocks, names, store, device)
+    return model, BlockStack(model, blocks, store)
+
+
+def _select_dtype(dtype: DType, device: torch.device) -> torch.dtype | None:
+    """None: the checkpoint's own."""
+    if dtype not in get_args(DType):
+        raise ConfigError(f"dtype must be one of {', '.join(get_args(DType))}, got {dtype!r}")
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    selected: torch.dtype = getattr(torch, dtype)
+    return selected
+
+
+def _skeleton(source: LocalModel, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without storage: every parameter and buffer on the meta device, in the dtype it will have."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{source.name} is quantized; pass the model it was made from: the adapter fits both, since their"
+                " layers have the same names and shapes"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise ModelError(f"{source.name} cannot be opened as a causal language model: {message[:300]}") from error
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    for name, kept in declared_dtypes(frozen, frozen.dtype).items():
+        set_tensor(frozen, name, get_tensor(frozen, name).to(kept))
+    return frozen
+
+
+def _load_whole(source: LocalModel, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        source.directory, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _load_rest(
+    model: PreTrainedModel, blocks: list[str], names: dict[str, str], store: DiskStore, device: torch.device
+) -> None:
+    """Read everything outside of the blocks, alias what is tied, compute the buffers that no checkpoint holds."""
+    tied = _resolve_ties(model, names)
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    missing = [
+        name
+        for name in model.state_dict()
+        if name not in names and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if missing:
+        raise ModelError(
+            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; is it the"
+            " whole model, with its head?"
+        )
+    prefixes = tuple(f"{block}." for block in blocks)
+    store.load([name for name in names if not name.startswith(prefixes)])
+    for target, source in tied.items():
+        path, _, leaf = target.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+    _compute_buffers(model, names, device)
+
+
+def _resolve_ties(model: PreTrainedModel, names: dict[str, str]) -> dict[str, str]:
+    """{tensor that the checkpoint lacks: the one it is tied to}. Where the checkpoint has both, both are read."""
+    pairs: dict[str, str] = model.all_tied_weights_keys
+    forward = {target: source for target, source in pairs.items() if target not in names and source in names}
+    backward = {source: target for target, source in pairs.items() if source not in names and target in names}
+    return forward | backward
+
+
+def _compute_buffers(model: PreTrainedModel, names: dict[str, str], device: torch.device) -> None:
+    """Buffers that are computed, not stored (rotary frequencies): by the model's own `_init_weights`."""
+    from transformers import PreTrainedModel
+
+    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    for path, module in model.named_modules():
+        computed = [leaf for leaf in module._buffers if f"{path}.{leaf}".lstrip(".") not in names]
+        computed = [leaf for leaf in computed if module._buffers[leaf] is not None]
+        for leaf in computed:
+            module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device=device)
+        if computed:
+            owner = max((name for name in owners if path == name or path.startswith(f"{name}.") or not name), key=len)
+            with torch.no_grad():
+                owners[owner]._init_weights(module)
+
+
+def _load_tokenizer(source: LocalModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.directory, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.info("%s has no tokenizer that can be read: %s", source.name, error)
+        return None
+    return tokenizer

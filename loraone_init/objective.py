@@ -1,0 +1,164 @@
+"""The loss of a micro-batch, in two halves: the model up to its last block, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from .encoding import IGNORED
+from .patching import replaced_forward
+
+Batch = Mapping[str, torch.Tensor]
+LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int]]
+
+MAX_LOGITS = 2**23
+"""Elements of the logits computed at a time (32 MiB in fp32); a few such buffers are alive together."""
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Summed losses and their counts (rows,), fp64 on the CPU; a custom loss counts as one row for each batch."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+class Objective(Protocol):
+    """What is differentiated: the sum of a batch's losses; the mean's 1/count is applied to the finished gradient."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """A context around all `forward` calls of a pass."""
+        ...
+
+    def forward(self, batch: Any) -> Any:
+        """Run the model on `batch` through its blocks; what `finish` needs."""
+        ...
+
+    def finish(self, features: Any, batch: Any, *, backward: bool) -> RowLosses:
+        """The losses; with `backward`, their sum is back-propagated to where `features` came from."""
+        ...
+
+
+class CausalLM:
+    """Sum of next-token cross entropies over all label tokens, with the logits of the model's own head.
+
+    Only positions that predict a label reach the head, in chunks of at most `MAX_LOGITS` logits, each
+    back-propagated before the next. To run the head alone, the model's own forward is called with the decoder
+    replaced by one that answers with the chunk of hidden states; so soft-capping and logit scaling are the model's.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        getter = getattr(model, "get_decoder", None)
+        decoder = getter() if callable(getter) else None
+        self._decoder: nn.Module | None = decoder if decoder is not model else None
+        self._original = self._decoder.forward if self._decoder is not None else None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While active, the model's forward ends where the decoder returns."""
+        if self._decoder is None:
+            yield
+            return
+        with replaced_forward(self._decoder, self._leave_with_output):
+            yield
+
+    def forward(self, batch: Batch) -> Any:
+        """The decoder's output, hidden states (batch, tokens, hidden) in it; the logits if no decoder is known."""
+        inputs = {key: value.to(self._device) for key, value in batch.items() if key != "labels"}
+        try:
+            return self._model(**inputs, use_cache=False, return_dict=True)
+        except _DecoderReturned as reached:
+            return reached.output
+
+    def finish(self, features: Any, batch: Batch, *, backward: bool) -> RowLosses:
+        labels = batch["labels"][:, 1:].to(self._device)
+        row, position = torch.nonzero(labels != IGNORED, as_tuple=True)
+        target = labels[row, position]
+        source = features.logits if self._decoder is None else _hidden_states(features)
+        leaf = source.detach().requires_grad_(backward)
+        losses = []
+        for chunk in torch.arange(len(row)).split(self._chunk_length()):
+            with torch.set_grad_enabled(backward):
+                states = leaf[row[chunk], position[chunk]][None]
+                logits = states if self._decoder is None else self._head(features, states)
+                loss = cross_entropy(_at_least_fp32(logits[0]), target[chunk], reduction="none")
+            if backward and loss.requires_grad:
+                loss.sum().backward()
+            losses.append(loss.detach())
+        if backward and source.requires_grad and leaf.grad is not None:
+            torch.autograd.backward(source, leaf.grad, retain_graph=True)
+        sums = torch.zeros(len(labels), dtype=torch.float64)
+        sums.index_add_(0, row.cpu(), torch.cat(losses).cpu().double())
+        return RowLosses(sums, torch.bincount(row.cpu(), minlength=len(labels)).double())
+
+    def _leave_with_output(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._original is not None
+        raise _DecoderReturned(self._original(*args, **kwargs))
+
+    def _head(self, features: Any, states: torch.Tensor) -> torch.Tensor:
+        """Logits (1, n, vocabulary) of hidden states (1, n, hidden), by the model's own forward."""
+        assert self._decoder is not None
+        answer = _with_hidden_states(features, states)
+        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
+        with replaced_forward(self._decoder, lambda *args, **kwargs: answer):
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False, return_dict=True).logits
+        return logits
+
+    def _chunk_length(self) -> int:
+        config = getattr(self._model, "config", None)
+        text_config = config.get_text_config() if config is not None else None
+        return max(1, MAX_LOGITS // getattr(text_config, "vocab_size", MAX_LOGITS))
+
+
+class WholeModel:
+    """Any model with any loss: `loss(model, batch)` gives the summed loss and the number of terms in it."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        self._model = model
+        self._loss = loss
+
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | int]:
+        return self._loss(self._model, batch)
+
+    def finish(self, features: tuple[torch.Tensor, torch.Tensor | int], batch: Any, *, backward: bool) -> RowLosses:
+        total, count = features
+        if backward and total.requires_grad:
+            torch.autograd.backward(total, retain_graph=True)
+        return RowLosses(total.detach().double().cpu().reshape(1), torch.as_tensor(count).double().cpu().reshape(1))
+
+
+class _DecoderReturned(BaseException):
+    """Leaves a model's forward with its decoder's output. Not an Exception: model code must not swallow it."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def _hidden_states(output: Any) -> torch.Tensor:
+    states: torch.Tensor = output[0]
+    return states
+
+
+def _with_hidden_states(output: Any, states: torch.Tensor) -> Any:
+    """A copy of a decoder's output with other hidden states in its place."""
+    if isinstance(output, tuple):
+        return (states, *output[1:])
+    answer = copy(output)
+    answer.last_hidden_state = states
+    return answer
+
+
+def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,163 @@
+"""What the user sees: progress bars while it runs, a summary when it is done."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .adapter import Adapter
+from .monitor import Monitor, Stage
+
+
+class Bars(Monitor):
+    """A bar for the forward and one for the backward, on standard error; none where that is no terminal."""
+
+    def __init__(self, shown: bool = True) -> None:
+        super().__init__()
+        self._bars = Progress(
+            TextColumn("{task.description:>8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("blocks"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not (shown and sys.stderr.isatty()),
+        )
+        self._tasks: dict[Stage, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def step(self, stage: Stage, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+
+def summarize(adapter: Adapter, output: Path, monitor: Monitor) -> dict[str, Any]:
+    """The run's figures: what --json prints, and the table shows."""
+    layers = adapter.layers.values()
+    captured = [layer.captured_energy for layer in layers]
+    sines = [layer.sine for layer in layers if layer.sine is not None]
+    files = [output] if output.is_file() else sorted(output.iterdir())
+    return {
+        "output": str(output),
+        "output_bytes": sum(file.stat().st_size for file in files),
+        "base": adapter.base.get("name"),
+        "layers": len(adapter.layers),
+        "parameters": adapter.num_parameters,
+        "rank": adapter.config.rank,
+        "alpha": adapter.config.alpha,
+        "gamma": adapter.config.gamma,
+        "scaling": adapter.config.scaling,
+        "captured_energy_min": min(captured),
+        "captured_energy_median": median(captured),
+        "largest_sine": max(sines, default=None),
+        "layers_without_gap": len(adapter.layers) - len(sines),
+        "layers_not_spectral": {name: layer.init for name, layer in adapter.layers.items() if layer.init != "spectral"},
+        "sample": dict(adapter.sample),
+        "loss": {
+            "sample": adapter.loss.sample,
+            "rows": adapter.loss.rows,
+            "before": adapter.loss.before,
+            "after": adapter.loss.after,
+            "suggested_gamma": adapter.loss.suggested_gamma,
+            "suggested_loss": adapter.loss.suggested_loss,
+        },
+        "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+
+
+def print_summary(summary: Mapping[str, Any], as_json: bool) -> None:
+    """JSON on standard output, or a table; a step that raises the loss is said in both cases, on standard error."""
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _print_table(summary)
+    _warn_if_worse(summary["loss"], summary["gamma"])
+
+
+def peak_memory_bytes() -> int | None:
+    """Peak resident memory of this process; None on Windows, whose Python does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _print_table(summary: Mapping[str, Any]) -> None:
+    sample, loss = summary["sample"], summary["loss"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, value in (
+        ("layers", f"{summary['layers']} of rank {summary['rank']}, {summary['parameters']:,} parameters"),
+        ("data", _describe_sample(sample)),
+        (
+            "captured energy",
+            f"{summary['captured_energy_min']:.1%} min, {summary['captured_energy_median']:.1%} median",
+        ),
+        ("SVD accuracy", _describe_accuracy(summary)),
+        ("loss", f"{loss['before']:.4f} → {loss['after']:.4f} on {loss['rows']} rows ({loss['sample']:.4f} on all)"),
+        ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
+        ("peak memory", _mebibytes(summary["peak_memory_bytes"])),
+        ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
+    ):
+        table.add_row(label, value)
+    odd = summary["layers_not_spectral"]
+    if odd:
+        table.add_row("no full gradient", f"{len(odd)} layers keep standard rows, such as {next(iter(odd))}")
+    Console().print(table)
+
+
+def _mebibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def _describe_sample(sample: Mapping[str, Any]) -> str:
+    text = (
+        f"{sample['rows_used']} of {sample['rows_available']} rows ({sample['format']}),"
+        f" {sample['num_tokens']:,} tokens, {sample['num_label_tokens']:,} trained on"
+    )
+    for key, what in (("rows_truncated", "truncated"), ("rows_dropped", "dropped without a trainable token")):
+        if sample[key]:
+            text += f", {sample[key]} rows {what}"
+    return text
+
+
+def _describe_accuracy(summary: Mapping[str, Any]) -> str:
+    worst = summary["largest_sine"]
+    text = "no layer has a gap after rank r" if worst is None else f"sin∠ ≤ {worst:.1e} in every layer"
+    if worst is not None and summary["layers_without_gap"]:
+        text += f" but {summary['layers_without_gap']} without a gap after rank r"
+    return text
+
+
+def _warn_if_worse(loss: Mapping[str, Any], gamma: float) -> None:
+    if loss["after"] < loss["before"]:
+        return
+    text = f"WARNING: the step RAISES the loss from {loss['before']:.4f} to {loss['after']:.4f} at γ = {gamma:g}."
+    if loss["suggested_gamma"] is not None:
+        text += f" Try --gamma {loss['suggested_gamma']:g}: {loss['suggested_loss']:.4f} on the same rows."
+    Console(stderr=True).print(text, style="bold red")

