@@ -24,7 +24,7 @@ def find_blocks(model: nn.Module, block_path: str | None = None) -> list[str]:
     ]
     if lists:
         return _outermost(lists)
-    classes = set(getattr(model, "_no_split_modules", None) or ())
+    classes = _no_split_classes(model)
     return _outermost([name for name, module in model.named_modules() if name and type(module).__name__ in classes])
 
 
@@ -52,6 +52,10 @@ def _children_of(model: nn.Module, path: str) -> list[str]:
 def _is_checkpointing_layer(module: nn.Module) -> bool:
     """By name, so that transformers need not be imported for a model that does not come from it."""
     return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+
+
+def _no_split_classes(model: nn.Module) -> set[str]:
+    return set(getattr(model, "_no_split_modules", None) or ())
 
 
 def _outermost(names: list[str]) -> list[str]:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 """input_ids, attention_mask and labels, each (rows, tokens) int64. Padding is on the right: label IGNORED, mask 0."""
 
+MAX_PADDING = 16
+"""Tokens that a row of a micro-batch may be shorter than its longest; an eighth of the longest if that is more. A
+block's weights are loaded once for all micro-batches, so that many small ones cost little, while padding costs as
+much as tokens."""
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -31,7 +36,7 @@ class DataOptions:
 
     samples:         rows to draw, without replacement; fewer where the data have fewer.
     max_length:      tokens kept of a row, from its start.
-    batch_size:      rows of a micro-batch.
+    batch_size:      rows of a micro-batch at most; it holds rows of like length only.
     split:           part of a hub data set; None for "train", and for a file.
     columns:         new name → name in the data; see `formats.parse_columns`.
     completion_only: mask prompts. None: where rows have a prompt and a completion.
@@ -175,15 +180,26 @@ def _num_label_tokens(row: EncodedRow) -> int:
 
 
 def _batches(rows: list[EncodedRow], batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """Rows by length, shortest first, rows of equal length as drawn; cut into micro-batches, each padded by itself."""
-    rows = sorted(rows, key=lambda row: len(row.input_ids))
-    for start in range(0, len(rows), batch_size):
-        members = rows[start : start + batch_size]
+    """Rows by length, shortest first, rows of equal length as drawn; in micro-batches, each padded by itself."""
+    for members in _rows_of_like_length(rows, batch_size):
         yield {
             "input_ids": _padded([row.input_ids for row in members], pad_id),
             "attention_mask": _padded([[1] * len(row.input_ids) for row in members], 0),
             "labels": _padded([row.labels for row in members], IGNORED),
         }
+
+
+def _rows_of_like_length(rows: list[EncodedRow], batch_size: int) -> Iterator[list[EncodedRow]]:
+    """At most batch_size rows, not much shorter than the longest of them."""
+    members: list[EncodedRow] = []
+    for row in sorted(rows, key=lambda row: len(row.input_ids)):
+        length = len(row.input_ids)
+        padding = length - len(members[0].input_ids) if members else 0
+        if len(members) == batch_size or padding > max(MAX_PADDING, length / 8):
+            yield members
+            members = []
+        members.append(row)
+    yield members
 
 
 def _padded(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -148,8 +148,9 @@ def _skeleton(source: LocalModel, dtype: torch.dtype | None, trust_remote_code: 
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-        message = " ".join(str(error).split())
-        raise ModelError(f"{source.name} cannot be opened as a causal language model: {message[:300]}") from error
+        hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
+        message = " ".join(str(error).split())[:250]
+        raise ModelError(f"{source.name} cannot be opened as a causal language model: {message}{hint}") from error
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     for name, kept in declared_dtypes(frozen, frozen.dtype).items():
         set_tensor(frozen, name, get_tensor(frozen, name).to(kept))
@@ -181,12 +182,12 @@ def _load_rest(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; is it the"
             " whole model, with its head?"
         )
+    _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
     prefixes = tuple(f"{block}." for block in blocks)
     store.load([name for name in names if not name.startswith(prefixes)])
     for target, source in tied.items():
         path, _, leaf = target.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
-    _compute_buffers(model, names, device)
 
 
 def _resolve_ties(model: PreTrainedModel, names: dict[str, str]) -> dict[str, str]:
@@ -198,7 +199,10 @@ def _resolve_ties(model: PreTrainedModel, names: dict[str, str]) -> dict[str, st
 
 
 def _compute_buffers(model: PreTrainedModel, names: dict[str, str], device: torch.device) -> None:
-    """Buffers that are computed, not stored (rotary frequencies): by the model's own `_init_weights`."""
+    """Buffers that are computed, not stored (rotary frequencies): by the model's own `_init_weights`.
+
+    It initialises a module's weights as well, so it has to run while those are on the meta device.
+    """
     from transformers import PreTrainedModel
 
     owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import torch
 from torch import nn
 
 from .config import ALL_LINEAR
@@ -22,7 +23,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer, whichever way its weight is stored."""
-    first, second = module.weight.shape  # type: ignore[misc, operator, union-attr]
+    assert isinstance(module.weight, torch.Tensor)
+    first, second = module.weight.shape
     return (second, first) if is_conv1d(module) else (first, second)
 
 

@@ -198,6 +198,13 @@ def test_batches_hold_rows_of_like_length(tokenizer: PreTrainedTokenizerFast, tm
     assert [tuple(batch["input_ids"].shape) for batch in sample.batches] == [(3, 3), (3, 8), (1, 10)]
 
 
+def test_rows_of_unlike_length_are_not_padded_to_each_other(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """40 and 57 tokens differ by more than 16 and by more than an eighth; 200 and 224 by an eighth of 224 at most."""
+    source = write(tmp_path / "a.jsonl", texts(*(length - 1 for length in (40, 57, 200, 224))))
+    sample = load_batches(source, tokenizer)
+    assert [tuple(batch["input_ids"].shape) for batch in sample.batches] == [(1, 40), (1, 57), (2, 224)]
+
+
 @pytest.mark.parametrize(
     ("pad_token", "eos_token", "expected"), [("<pad>", "</s>", PAD), ("w9", "</s>", word(9)), (None, "</s>", EOS)]
 )
