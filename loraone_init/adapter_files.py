@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from .adapter import Adapter, parse_metadata
 from .atomic import atomic_directory, atomic_file
+from .checkpoint import read_header
 from .errors import AdapterError, OutputError
 from .factors import LoraPair
 from .model_card import model_card
@@ -28,6 +29,14 @@ def is_single_file(path: Path) -> bool:
 
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise OutputError if `path` cannot be written, before any work is done."""
+    try:
+        _check_existing(path, overwrite)
+        _check_writable(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
+
+
+def _check_existing(path: Path, overwrite: bool) -> None:
     if is_single_file(path):
         if path.is_dir():
             raise OutputError(f"{path} is a directory; name a file, or a directory without .safetensors at its end")
@@ -38,9 +47,16 @@ def check_output(path: Path, overwrite: bool) -> None:
         existing = sorted(path.iterdir()) if path.is_dir() else []
     if existing and not overwrite:
         raise OutputError(f"{existing[0]} exists already; choose another output, or pass --overwrite")
-    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        raise OutputError(f"cannot write {path}: {ancestor} is no directory that can be written to")
+
+
+def _check_writable(path: Path) -> None:
+    """By a file without a name in the directory that is there already: permissions alone do not tell."""
+    wanted = path.absolute().parent if is_single_file(path) else path.absolute()
+    ancestor = next(parent for parent in (wanted, *wanted.parents) if parent.exists())
+    if not ancestor.is_dir():
+        raise OutputError(f"cannot write {path}: {ancestor} is a file, not a directory; choose another output")
+    with tempfile.TemporaryFile(dir=ancestor):
+        pass
 
 
 def save_adapter(adapter: Adapter, path: Path, overwrite: bool) -> None:
@@ -51,12 +67,13 @@ def save_adapter(adapter: Adapter, path: Path, overwrite: bool) -> None:
     except OSError as error:
         raise OutputError(f"cannot make directory {path.parent}: {error.strerror}") from error
     if is_single_file(path):
-        _write_weights(adapter, path)
+        with atomic_file(path) as temporary:
+            _write_weights(adapter, temporary)
         return
     with atomic_directory(path) as temporary:
         _write_weights(adapter, temporary / WEIGHTS)
-        _write_text(temporary / CARD, model_card(adapter))
-        _write_text(temporary / CONFIG, json.dumps(adapter.peft_config(), indent=2) + "\n")
+        (temporary / CARD).write_text(model_card(adapter), encoding="utf-8")
+        (temporary / CONFIG).write_text(json.dumps(adapter.peft_config(), indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -86,13 +103,19 @@ def _write_weights(adapter: Adapter, path: Path) -> None:
     for module, pair in adapter.pairs.items():
         name_a, name_b = tensor_names(module)
         tensors[name_a], tensors[name_b] = pair.A, pair.B
-    with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=adapter.metadata())
+    save_file(tensors, path, metadata=adapter.metadata())
+    _sort_metadata(path)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def _sort_metadata(path: Path) -> None:
+    """The library writes metadata in random order; sorted, the same adapter is the same bytes, and no fewer or more."""
+    start, header = read_header(path)
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= start - 8
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(text.ljust(start - 8))
 
 
 def _pair_up(tensors: dict[str, torch.Tensor]) -> dict[str, LoraPair]:

@@ -20,48 +20,62 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
     Raises OutputError for what the file system refuses, such as a full disk.
     """
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    with _output_errors(target):
+        handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=".partial", dir=target.parent)
         os.close(handle)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        _flush(temporary)
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _finish(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` whose files are moved there at the end; removed on any error.
+    """A temporary directory, renamed to `target` at the end; removed on any error.
 
-    A directory that exists keeps its other files. Raises OutputError as `atomic_file` does.
+    Where `target` exists, the temporary one is inside of it (beside it may be another file system, or no right to
+    write), its files are moved at the end, and other files are kept. Raises OutputError as `atomic_file` does.
     """
+    exists = target.is_dir()
+    with _output_errors(target):
+        place = target if exists else target.parent
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".partial", dir=place))
+        try:
+            yield temporary
+            files = sorted(temporary.iterdir())
+            for file in files:
+                _finish(file)
+            if exists:
+                for file in files:
+                    file.replace(target / file.name)
+            else:
+                temporary.chmod(0o777 & ~_umask())
+                temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _output_errors(target: Path) -> Iterator[None]:
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    try:
-        yield temporary
-        target.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir()):
-            file.replace(target / file.name)
+        yield
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {target}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    """Have the data on disk before the name says that they are."""
+def _prefix(target: Path) -> str:
+    """Short: with a name of full length, what is added would make it too long."""
+    return f".{target.name[:32]}."
+
+
+def _finish(path: Path) -> None:
+    """Have the data on disk before the name says that they are, and readable to whom the umask allows."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

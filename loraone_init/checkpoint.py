@@ -23,6 +23,10 @@ FINGERPRINT_BYTES = 4096
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _INDEX = "model.safetensors.index.json"
+_CONVERT = (
+    "convert them once, in an environment you trust, with"
+    " AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIRECTORY), and pass DIRECTORY"
+)
 
 
 class Checkpoint:
@@ -59,7 +63,7 @@ class Checkpoint:
 
         Independent of how tensors are distributed over shards; fine-tuning changes it, resharding does not.
         """
-        headers = {path: _read_header(path) for path in self._files}
+        headers = {path: read_header(path) for path in self._files}
         digest = hashlib.sha256()
         for name in self.names:
             path = self._where[name]
@@ -110,23 +114,26 @@ def _shards(directory: Path) -> list[Path]:
     index = directory / _INDEX
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise ModelError(f"{index} is not a safetensors index: {error}") from error
+            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, LookupError, AttributeError, TypeError, OSError) as error:
+            raise ModelError(f"{index} is no safetensors index, with a weight_map from tensors to files") from error
         missing = [name for name in files if not (directory / name).is_file()]
         if missing:
-            raise ModelError(f"{directory} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}")
+            raise ModelError(
+                f"{directory} lacks {len(missing)} of {len(files)} shards, such as {missing[0]}; is the download"
+                " complete?"
+            )
         return [directory / name for name in files]
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise ModelError(
-            f"{directory} holds pickled weights only ({pickles[0]}), which can run code when loaded; convert them once,"
-            " in an environment you trust, with AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), and"
-            " pass NEW_DIR"
+            f"{directory} holds pickled weights only ({pickles[0]}), which can run code when loaded; {_CONVERT}"
         )
-    raise ModelError(f"{directory} has no model.safetensors (nor {_INDEX}); it must hold a model's safetensors weights")
+    raise ModelError(
+        f"{directory} has no model.safetensors (nor {_INDEX}); if its weights have another form, {_CONVERT}"
+    )
 
 
 def _open(path: Path) -> Any:
@@ -136,7 +143,7 @@ def _open(path: Path) -> Any:
         raise ModelError(f"cannot read {path}: {error}; is the file complete?") from error
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the data begin, and the header: the safetensors format's first 8 bytes are its length, little-endian."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_support import CONTEXT, one_line_errors, parse_modules, start_logging
+from .cli_support import CONTEXT, Command, one_line_errors, parse_modules, start_logging
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .data import DataOptions
 
 
-@click.command("loraone-init", context_settings=CONTEXT)
+@click.command("loraone-init", cls=Command, context_settings=CONTEXT)
 @click.argument("model")
 @click.argument("data")
 @click.option(
@@ -84,7 +84,7 @@ def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_
     from .data import load_batches
     from .errors import ModelError
     from .initialization import initialize
-    from .models import open_model
+    from .models import check_rows, open_model
     from .report import Bars, print_summary, summarize
 
     config = _init_config(options)
@@ -103,9 +103,12 @@ def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_
                 block_path=options["block_path"],
             )
         if opened.tokenizer is None:
-            raise ModelError(f"{model} has no tokenizer that can be read; put its tokenizer files beside config.json")
+            raise ModelError(
+                f"{model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
+            )
         with monitor.timed("data"):
             sample = load_batches(data, opened.tokenizer, data_options, token=options["token"])
+            check_rows(opened, sample.batches)
         adapter = initialize(opened, sample, config, monitor=monitor)
         with monitor.timed("save"):
             adapter.save(output, overwrite=options["overwrite"])

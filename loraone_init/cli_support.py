@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -21,20 +23,34 @@ CONTEXT = {
     "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_length is --max-length
 }
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.I)
+_OUT_OF_MEMORY = re.compile(r"out of ?memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED", re.I)
+
+
+class Command(click.Command):
+    """A command that prints "?" for what the terminal cannot show (α in Windows' cp1252), rather than fail."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
+            sys.stdout.reconfigure(errors="replace")
+        return super().parse_args(ctx, args)
 
 
 @contextmanager
 def one_line_errors(verbose: bool) -> Iterator[None]:
-    """End the command with exit code 1 and one `Error:` line, whatever goes wrong; `verbose` adds a traceback."""
+    """End the command with exit code 1 and one `Error:` line, whatever goes wrong; `verbose` adds a traceback.
+
+    Only where nobody reads standard output any more (`| head`), click ends it without a word.
+    """
     try:
         yield
     except LoraOneError as error:
         _fail(str(error), verbose)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", verbose)
+    except BrokenPipeError:
+        raise
     except Exception as error:
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
             _fail("out of memory; lower --batch-size, --max-length or --samples, or close other programs", verbose)
         message = " ".join(str(error).split())[:300]
         _fail(f"{type(error).__name__}: {message} (unforeseen; --verbose shows where: please report it)", verbose)
@@ -54,6 +70,7 @@ def start_logging(quiet: bool, verbose: bool) -> None:
     logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
     if not verbose:
+        warnings.simplefilter("ignore")
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils import logging as transformers_logging
 
@@ -73,6 +90,6 @@ def parse_modules(value: str | None) -> str | tuple[str, ...]:
     """Names separated by commas become a tuple; "all-linear" and regular expressions stay strings."""
     if not value:
         return ()
-    if value == "all-linear" or not re.fullmatch(r"[\w.-]+(,[\w.-]+)*", value):
+    if value == "all-linear" or not re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)*", value):
         return value
-    return tuple(value.split(","))
+    return tuple(re.split(r"\s*,\s*", value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from .objective import Objective, RowLosses
 from .streaming import BlockStack, Trace, stream_backward, stream_forward
 from .targets import layer_shape
 
+WIDE_TOKENS = 2048
+"""Tokens that are multiplied into a layer's gradient at a time."""
+
 
 @dataclass(frozen=True)
 class LayerGradient:
@@ -31,11 +35,13 @@ class Collector:
 
     The gradient of the weight itself is never asked for: a layer's input is kept by a forward hook and multiplied
     with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike.
+    Products wait until `WIDE_TOKENS` tokens are together: narrow ones spend their time on reading and writing the sum.
     """
 
     def __init__(self, targets: Mapping[str, nn.Module]) -> None:
         self._targets = dict(targets)
         self._sums: dict[str, torch.Tensor] = {}
+        self._waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -48,6 +54,7 @@ class Collector:
 
     def take(self, name: str, count: float) -> LayerGradient:
         """The finished gradient of the layer, sum / count; exactly zero if no gradient reached it. Drops the sum."""
+        self._multiply(name)
         G = self._sums.pop(name, None)
         if G is None:
             return LayerGradient(name, torch.zeros(layer_shape(self._targets[name])))
@@ -65,9 +72,18 @@ class Collector:
         return output
 
     def _add(self, name: str, x: torch.Tensor, dY: torch.Tensor) -> None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        X = x.reshape(-1, x.shape[-1]).to(dtype)
-        dY = dY.reshape(-1, dY.shape[-1]).to(dtype)
+        self._waiting[name].append((dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])))
+        if sum(len(X) for _, X in self._waiting[name]) >= WIDE_TOKENS:
+            self._multiply(name)
+
+    def _multiply(self, name: str) -> None:
+        """Add the products that wait to the layer's sum."""
+        waiting = self._waiting.pop(name, [])
+        if not waiting:
+            return
+        dtype = torch.promote_types(waiting[0][1].dtype, torch.float32)
+        dY = torch.cat([dY for dY, _ in waiting]).to(dtype)
+        X = torch.cat([X for _, X in waiting]).to(dtype)
         if name in self._sums:
             self._sums[name].addmm_(dY.T, X)
         else:

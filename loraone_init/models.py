@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -12,8 +13,8 @@ from torch import nn
 
 from .blocks import describe_module_lists, find_blocks
 from .checkpoint import Checkpoint, declared_dtypes, map_parameters
-from .errors import ConfigError, ModelError
-from .sources import LocalModel, resolve_model
+from .errors import ConfigError, DataError, ModelError
+from .sources import LocalModel, describe, resolve_model
 from .stores import DiskStore, ResidentStore, get_tensor, set_tensor
 from .streaming import BlockStack
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+_UNREADABLE = (OSError, ValueError, LookupError, ImportError)
+"""What transformers raises where a directory is not as it should be."""
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -84,6 +88,25 @@ def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
     return OpenModel(module, stack, parameter.device, getattr(module, "name_or_path", None) or None)
 
 
+def check_rows(model: OpenModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Raise DataError for a token or position that the model has no embedding for, over which a GPU stops for good."""
+    embedding = getattr(model.module, "get_input_embeddings")()  # noqa: B009
+    num_embeddings = getattr(embedding, "num_embeddings", None)
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    if num_embeddings is not None and largest >= num_embeddings:
+        raise DataError(
+            f"the tokenizer gives token id {largest}, but {model.name} has {num_embeddings} embeddings; does the"
+            " tokenizer belong to the model?"
+        )
+    config = getattr(model.module, "config").get_text_config()  # noqa: B009
+    positions = getattr(config, "max_position_embeddings", None)
+    longest = max(batch["input_ids"].shape[1] for batch in batches)
+    if positions is not None and longest > positions and getattr(config, "rope_parameters", None) is None:
+        raise DataError(
+            f"a row has {longest} tokens, but {model.name} has {positions} positions; use --max-length {positions}"
+        )
+
+
 def select_device(device: str) -> torch.device:
     """The torch device for an option's value, checked to be there."""
     if device == "auto":
@@ -91,8 +114,11 @@ def select_device(device: str) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ConfigError(f"device {device!r} cannot be used here: {reason}; use auto, cpu or cuda") from error
+    if place.type == "meta":
+        raise ConfigError("device 'meta' holds no numbers; use auto, cpu or cuda")
     return place
 
 
@@ -134,6 +160,7 @@ def _select_dtype(dtype: DType, device: torch.device) -> torch.dtype | None:
 
 def _skeleton(source: LocalModel, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
     """The model without storage: every parameter and buffer on the meta device, in the dtype it will have."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -147,9 +174,9 @@ def _skeleton(source: LocalModel, dtype: torch.dtype | None, trust_remote_code: 
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+    except (*_UNREADABLE, AttributeError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
-        message = " ".join(str(error).split())[:250]
+        message = describe(error).partition(" Model type should be one of ")[0][:250]  # a list of all there are follows
         raise ModelError(f"{source.name} cannot be opened as a causal language model: {message}{hint}") from error
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     for name, kept in declared_dtypes(frozen, frozen.dtype).items():
@@ -160,9 +187,32 @@ def _skeleton(source: LocalModel, dtype: torch.dtype | None, trust_remote_code: 
 def _load_whole(source: LocalModel, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source.directory, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-    )
+    model: PreTrainedModel
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source.directory,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told below, in one line
+            output_loading_info=True,
+        )
+    except _UNREADABLE as error:
+        raise ModelError(f"{source.name} cannot be loaded: {describe(error)[:250]}") from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):  # such as out of memory
+            raise
+        raise ModelError(
+            f"{source.name} cannot be loaded: some of its tensors are missing or have another shape (--verbose shows"
+            " them); does config.json belong to these weights?"
+        ) from error
+    if loading["mismatched_keys"]:
+        name, got, expected = min(loading["mismatched_keys"])
+        raise ModelError(
+            f"tensor {name} of {source.name} has shape {tuple(got)}, the model expects {tuple(expected)}; does"
+            " config.json belong to these weights?"
+        )
+    _check_missing(model, sorted(loading["missing_keys"]))
     return model.eval().requires_grad_(False)
 
 
@@ -177,17 +227,21 @@ def _load_rest(
         for name in model.state_dict()
         if name not in names and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
     ]
-    if missing:
-        raise ModelError(
-            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; is it the"
-            " whole model, with its head?"
-        )
+    _check_missing(model, missing)
     _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
     prefixes = tuple(f"{block}." for block in blocks)
     store.load([name for name in names if not name.startswith(prefixes)])
     for target, source in tied.items():
         path, _, leaf = target.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+
+
+def _check_missing(model: PreTrainedModel, missing: list[str]) -> None:
+    if missing:
+        raise ModelError(
+            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; is it the"
+            " whole model, with its head?"
+        )
 
 
 def _resolve_ties(model: PreTrainedModel, names: dict[str, str]) -> dict[str, str]:
@@ -224,7 +278,10 @@ def _load_tokenizer(source: LocalModel, trust_remote_code: bool) -> PreTrainedTo
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.directory, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        logger.info("%s has no tokenizer that can be read: %s", source.name, error)
+    except Exception as error:  # the class that the library tokenizers raises
+        logger.debug("%s has no tokenizer that can be read: %s", source.name, describe(error))
+        return None
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # made from nothing, as transformers does for some models
+        logger.debug("%s has no vocabulary for its %s", source.name, type(tokenizer).__name__)
         return None
     return tokenizer

@@ -7,12 +7,14 @@ import importlib.util
 import logging
 import os
 import re
-import shutil
+import struct
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import ModelError
+from safetensors import SafetensorError
+
+from .errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,7 @@ _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_EXPECTED = 'give a directory with config.json, tokenizer and safetensors, a hub id, a .gguf file or "demo"'
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,30 @@ def resolve_model(
     GGUF files are converted once, into the cache. Hub files come from the hub's own cache; `HF_TOKEN`,
     `HF_HUB_OFFLINE` and `HF_HOME` are respected. Raises ModelError where there is no such thing.
     """
+    directory = _local_directory(model)
+    if directory is None:
+        return LocalModel(_download(model, revision, token, trust_remote_code), model, revision)
+    if revision is not None:
+        raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave --revision out")
+    return LocalModel(directory, str(directory.resolve()))
+
+
+def _local_directory(model: str) -> Path | None:
+    """The directory of a model that is on this machine; None for a hub id."""
     if model == DEMO:
-        directory = convert_gguf(_demo_file())
-        return LocalModel(directory, str(directory))
-    path = Path(model).expanduser()
+        return convert_gguf(_demo_file())
+    path = Path(os.path.expanduser(model))
     if path.suffix.lower() == ".gguf":
-        directory = convert_gguf(path)
-        return LocalModel(directory, str(directory))
-    if path.is_dir():
+        return convert_gguf(path)
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
-            raise ModelError(f"{model} is no model directory: it has no config.json")
-        return LocalModel(path, str(path.resolve()))
-    if path.is_file():
-        raise ModelError(f"{model} is a file; give the model's directory, a hub id or a .gguf file")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not _HUB_ID.fullmatch(model):
-        raise ModelError(f"there is no model directory {model}")
-    return LocalModel(_download(model, revision, token, trust_remote_code), model, revision)
+            raise ModelError(f"{model} is no model directory: it has no config.json; {_EXPECTED}")
+        return path
+    if os.path.isfile(path):
+        raise ModelError(f"{model} is a file; {_EXPECTED}")
+    if not _HUB_ID.fullmatch(model):
+        raise ModelError(f"there is no model directory {model}; {_EXPECTED}")
+    return None
 
 
 def cache_directory() -> Path:
@@ -66,25 +77,33 @@ def cache_directory() -> Path:
 
 def convert_gguf(file: Path) -> Path:
     """The safetensors directory (fp32) of a GGUF file, made on first use and found by the file's content after that."""
-    if not file.is_file():
-        raise ModelError(f"there is no file {file}")
+    if not os.path.isfile(file):
+        raise ModelError(f"there is no file {file}; {_EXPECTED}")
     target = cache_directory() / f"{file.stem}-{_content_key(file)}"
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise ModelError('reading .gguf files needs two more packages: pip install "loraone-init[gguf]"')
     logger.warning("Converting %s to safetensors, once, into %s", file.name, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{file.stem}-", dir=target.parent))
     try:
-        _write_converted(file, work)
-        work.chmod(0o755)
-        work.rename(target)
-    except FileExistsError:  # another process was faster
-        pass
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=target.parent) as work:
+            _write_converted(file, Path(work, "model"))
+            _move(Path(work, "model"), target)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"cannot write the converted model into {target.parent}: {describe(error)}; set XDG_CACHE_HOME to a"
+            " directory with space"
+        ) from error
     return target
+
+
+def _move(work: Path, target: Path) -> None:
+    try:
+        work.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise
 
 
 def _write_converted(file: Path, directory: Path) -> None:
@@ -100,8 +119,8 @@ def _write_converted(file: Path, directory: Path) -> None:
             dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"transformers cannot read {file}: {_first_line(error)}") from error
+    except (OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
+        raise ModelError(f"transformers cannot read {file}: {describe(error)[:250]}; is the file complete?") from error
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -135,10 +154,11 @@ def _download(repo_id: str, revision: str | None, token: str | None, trust_remot
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"{repo_id} is neither a local directory nor a model that could be had from the hub: {_first_line(error)}"
+            f"{repo_id} is neither a local directory nor a model that could be had from the hub: {describe(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def describe(error: Exception) -> str:
+    """An exception's message on one line, with its class where it would not be understood alone."""
+    message = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__} {message}".rstrip() if isinstance(error, LookupError) or not message else message

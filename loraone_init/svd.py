@@ -155,12 +155,11 @@ def _iterate(G: Tensor, P: Tensor, r: int, norm: float, tolerance: float, budget
         while iterations < budget:
             triplets, P = _step(A, P, r)
             iterations += 1
-            largest = max(triplets.e[:r])
-            if _converged(triplets, norm, eps, tolerance, falling=largest <= previous):
+            if _converged(triplets, norm, eps, tolerance, previous):
                 return triplets, iterations
-            if largest <= _MARGIN * triplets.rounding:
+            previous = max(triplets.e[:r])
+            if previous <= _MARGIN * triplets.rounding:
                 break
-            previous = largest
     return None, iterations
 
 
@@ -181,17 +180,19 @@ def _step(G: Tensor, P: Tensor, r: int) -> tuple[_Triplets, Tensor]:
     return _Triplets(U[:, :r], Vh[:r] @ Z.T, host[: len(S)], host[len(S) :], rounding), P
 
 
-def _converged(t: _Triplets, norm: float, eps: float, tolerance: float, falling: bool) -> bool:
+def _converged(t: _Triplets, norm: float, eps: float, tolerance: float, previous: float) -> bool:
     """Whether the reconstruction is optimal, and the subspaces are right or surely undefined.
 
-    The latter only while the residuals fall: they grow while a direction just above a flat spectrum is being found.
+    The latter only while the largest residual falls below the previous one or is negligible: it grows while a direction
+    just above a flat spectrum is being found.
     """
     optimum = max(math.hypot(*t.s[t.r :]) ** 2, norm**2 - math.hypot(*t.s[: t.r]) ** 2 - t.rounding * norm)
     if _MARGIN * t.excess() > _EXCESS * optimum + (_ZERO / 2 * _EPS32 * norm) ** 2:
         return False
-    unsure = _MARGIN * max(t.e[: t.r]) + t.rounding  # so far may σ_r lie above s_r
-    undefined = t.s[t.r - 1] + unsure <= _ZERO * eps * norm or t.gap + unsure / t.s[t.r - 1] < MIN_GAP
-    return t.sine(eps) <= tolerance or (undefined and falling)
+    last, largest = t.s[t.r - 1], max(t.e[: t.r])
+    unsure = _MARGIN * largest + t.rounding  # so far may σ_r lie above s_r
+    undefined = last + unsure <= _ZERO * eps * norm or t.gap + unsure / last < MIN_GAP
+    return t.sine(eps) <= tolerance or (undefined and largest <= max(previous, 1e-3 * MIN_GAP * last))
 
 
 def _exact(G: Tensor, r: int) -> _Triplets:

@@ -7,11 +7,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import importlib.util
-from collections.abc import Callable
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -24,14 +29,19 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 from transformers.utils import logging as transformers_logging
 
+from loraone_init.cli import main
 from loraone_init.targets import is_conv1d
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+
+Command = Callable[..., Result]
+Refused = Callable[..., str]
 
 VOCABULARY = 97
 _SIZES = {
@@ -89,6 +99,14 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     return model.to(dtype).eval()
 
 
+def make_word_tokenizer(num_words: int = VOCABULARY - 3) -> PreTrainedTokenizerFast:
+    """A word is a token: w0 has the id 3, w1 the id 4 ...; all others are unknown."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "?": 2} | {f"w{i}": i + 3 for i in range(num_words)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", unk_token="?")
+
+
 def make_batches(
     lengths: tuple[int, ...] = (9, 12, 7), rows: int = 2, seed: int = 1, vocabulary: int = VOCABULARY
 ) -> list[dict[str, torch.Tensor]]:
@@ -134,6 +152,71 @@ def reference_gradients(
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of three blocks with the tokenizer of `make_word_tokenizer`. Tests that change it copy it."""
+    directory = tmp_path_factory.mktemp("tiny-model")
+    make_model("llama", torch.float32).save_pretrained(directory)
+    make_word_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of two prompt tokens and four to train on."""
+    file = tmp_path_factory.mktemp("tiny-data") / "rows.jsonl"
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{7 * i} w{5 * i} w3"} for i in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def command() -> Iterator[Command]:
+    """Runs `loraone-init` with some arguments, in this process."""
+    logger = logging.getLogger("loraone_init")
+    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
+    yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+def content(directory: Path) -> dict[str, bytes | None]:
+    """All there is below `directory`: bytes of files by path, None for a directory."""
+    paths = sorted(directory.rglob("*"))
+    return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def error_line(stderr: str) -> str:
+    """The last line, which is the only one but for warnings before it."""
+    *before, last = stderr.splitlines()
+    assert all(line.startswith("Warning: ") for line in before), stderr
+    assert last.startswith("Error: "), stderr
+    return last
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where outputs go, and nothing else."""
+    directory = tmp_path / "out"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def refused(command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> Refused:
+    """Runs the command, which has to fail and to leave `out` and the threads as they are; gives the error's line."""
+
+    def run(*options: object, model: object = tiny_model, data: object = tiny_data, output: object = None) -> str:
+        before, threads = content(out), set(threading.enumerate())
+        result = command(model, data, "-o", output or out / "a.safetensors", *options)
+        assert (result.exit_code, result.stdout) == (1, ""), result.stderr
+        assert content(out) == before
+        assert not {t.name for t in set(threading.enumerate()) - threads if "_run" in t.name}, "a coroutine goes on"
+        return error_line(result.stderr)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from conftest import make_word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import loraone_init.data as data_module
 from loraone_init.data import DataOptions, Sample, digest, load_batches
-from loraone_init.errors import ConfigError, DataError
 from loraone_init.encoding import IGNORED, EncodedRow
+from loraone_init.errors import ConfigError, DataError
 from loraone_init.rows import Rows
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "gsm8k.jsonl"
@@ -34,10 +34,7 @@ def word(number: int) -> int:
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word is a token: w0, w1, ..."""
-    vocabulary = {"<pad>": PAD, "</s>": EOS, "?": 2} | {f"w{i}": word(i) for i in range(NUM_WORDS)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", unk_token="?")
+    return make_word_tokenizer(NUM_WORDS)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,156 @@
+"""Wall time and peak memory of the initialisation, against PEFT's lora_ga and the published procedure.
+
+    python benchmarks/init.py            # about 20 minutes on 2 cores; table, and benchmarks/results/init.json
+
+Whole processes on the CPU, run in turn, medians of three. SmolLM2-135M-Instruct as an fp32 safetensors directory,
+GSM8K prompt and completion, at most 256 tokens, r = 8, all linear layers of the blocks, 8 and 64 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+PEERS = HERE / "peers"
+ROWS = (8, 64)
+BLOCK_PARAMETERS, VOCABULARY, HIDDEN = 106_168_320, 49_152, 576  # of SmolLM2-135M: 30 blocks' linear layers
+EVALUATED = 0.25
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=HERE.parent / "examples" / "gsm8k.jsonl")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--without-published", action="store_true", help="leave the slowest peer out")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "init.json")
+    arguments = parser.parse_args()
+
+    from loraone_init.sources import resolve_model
+
+    model = resolve_model("demo").directory
+    result: dict[str, Any] = {"machine": machine(), "repeats": arguments.repeats, "cases": {}}
+    lines = arguments.data.read_text().splitlines()
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        for rows in ROWS:
+            data = work / f"{rows}.jsonl"
+            data.write_text("\n".join(lines[:rows]) + "\n")
+            commands = commands_for(model, data, work, published=rows == ROWS[0] and not arguments.without_published)
+            result["cases"][str(rows)] = compare(commands, arguments.repeats)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print_table(result)
+
+
+def commands_for(model: Path, data: Path, work: Path, published: bool) -> dict[str, list[str]]:
+    ours = [sys.executable, "-m", "loraone_init", str(model), str(data), "-o", str(work / "ours.safetensors")]
+    options = ["--max-length", "256", "--overwrite", "--json"]
+    peer = [str(model), str(data)]
+    commands = {
+        "ours": [*ours, *options],
+        "PEFT lora_ga": [sys.executable, str(PEERS / "peft_lora_ga.py"), *peer, str(work / "peft")],
+    }
+    if published:
+        commands["published LoRA-One"] = [
+            sys.executable,
+            str(PEERS / "published_loraone.py"),
+            *peer,
+            str(work / "published.safetensors"),
+        ]
+    return commands
+
+
+def compare(commands: dict[str, list[str]], repeats: int) -> dict[str, Any]:
+    """Run the commands in turn, `repeats` times round."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, command in commands.items():
+            runs[name].append(measure(command))
+            print(f"{name:20} {runs[name][-1]['seconds']:7.1f} s {runs[name][-1]['peak_mb']:7.0f} MB", flush=True)
+    return {name: summarise(measured) for name, measured in runs.items()}
+
+
+def measure(command: list[str]) -> dict[str, Any]:
+    """One process: wall seconds, peak resident memory as the operating system counts it, and what it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_mb": usage.ru_maxrss / 1000, "printed": printed.decode()}
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "seconds": median(run["seconds"] for run in runs),
+        "peak_mb": median(run["peak_mb"] for run in runs),
+        "all_seconds": [round(run["seconds"], 2) for run in runs],
+    }
+    if runs[0]["printed"].startswith("{"):  # ours, with --json
+        reports = [json.loads(run["printed"]) for run in runs]
+        stages = reports[0]["seconds"]
+        summary["stages"] = {stage: median(report["seconds"][stage] for report in reports) for stage in stages}
+        summary["tokens"] = reports[0]["sample"]["num_tokens"]
+        summary["label_tokens"] = reports[0]["sample"]["num_label_tokens"]
+    return summary
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    A = torch.randn(2048, 2048)
+    rates = []
+    for _ in range(10):
+        start = time.perf_counter()
+        A @ A
+        rates.append(2 * 2048**3 / (time.perf_counter() - start) / 1e9)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "matrix_gflops": median(rates),
+    }
+
+
+def stage_flops(tokens: int, label_tokens: int) -> dict[str, float]:
+    """Products with weights only; attention's own are under 3 % at these lengths."""
+    forward = 2.0 * BLOCK_PARAMETERS * tokens
+    return {
+        "forward": forward,
+        "head": 4.0 * VOCABULARY * HIDDEN * label_tokens,
+        "backward": 3 * forward,  # recomputation, gradient of inputs, gradient of weights
+        "evaluate": EVALUATED * forward,
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    rate = result["machine"]["matrix_gflops"]
+    print(f"\n2048³ fp32 product: {rate:.0f} GFLOP/s on {result['machine']['threads']} threads")
+    for rows, case in result["cases"].items():
+        ours = case["ours"]
+        print(f"\n{rows} rows, {ours['tokens']} tokens, {ours['label_tokens']} trained on; medians")
+        for name, summary in case.items():
+            ratios = f"{ours['seconds'] / summary['seconds']:.2f} {ours['peak_mb'] / summary['peak_mb']:.2f}"
+            print(f"{name:20} {summary['seconds']:7.1f} s {summary['peak_mb']:7.0f} MB   ours/this {ratios}")
+        flops = stage_flops(ours["tokens"], ours["label_tokens"])
+        for stage, seconds in ours["stages"].items():
+            share = f"{flops[stage] / seconds / 1e9 / rate:6.0%} of the rate" if stage in flops else ""
+            print(f"    {stage:10} {seconds:6.2f} s {share}")
+
+
+if __name__ == "__main__":
+    main()
