@@ -44,13 +44,14 @@ class LayerReport:
 class LossReport:
     """Mean loss over all label tokens: of the whole sample, and before and after the step on some of its rows.
 
+    after:           None where it is not a finite number: the step is far too long.
     suggested_gamma: where the step raises the loss, a γ that was seen to lower it, and the loss with it.
     """
 
     sample: float
     rows: int
     before: float
-    after: float
+    after: float | None
     suggested_gamma: float | None = None
     suggested_loss: float | None = None
 
@@ -144,7 +145,7 @@ class Adapter:
             "format": "pt",
             "format_version": FORMAT_VERSION,
             "peft_config": json.dumps(self.peft_config()),
-            "loraone": json.dumps(record),
+            "loraone": json.dumps(record, allow_nan=False),
         }
 
 

@@ -21,6 +21,7 @@ PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
+DIRECTORY_FILES = (WEIGHTS, CARD, CONFIG)
 
 
 def is_single_file(path: Path) -> bool:

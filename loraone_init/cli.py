@@ -84,8 +84,8 @@ def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_
     from .data import load_batches
     from .errors import ModelError
     from .initialization import initialize
-    from .models import check_rows, open_model
-    from .report import Bars, print_summary, summarize
+    from .models import open_model
+    from .report import Bars, print_summary, summarize, warn_if_worse
 
     config = _init_config(options)
     data_options = _data_options(options)
@@ -108,13 +108,13 @@ def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_
             )
         with monitor.timed("data"):
             sample = load_batches(data, opened.tokenizer, data_options, token=options["token"])
-            check_rows(opened, sample.batches)
         adapter = initialize(opened, sample, config, monitor=monitor)
         with monitor.timed("save"):
             adapter.save(output, overwrite=options["overwrite"])
     summary = summarize(adapter, output, monitor)
     if not quiet or as_json:
         print_summary(summary, as_json)
+    warn_if_worse(adapter.loss, adapter.config.gamma)
 
 
 def _init_config(options: dict[str, Any]) -> InitConfig:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from .errors import ModelError
+
 _local = threading.local()
 
 
@@ -36,7 +38,7 @@ class Coroutine:
         """Run until the next pause and return its request, or None once `finished`. Re-raises its errors."""
         self._message = reply
         if self._thread.ident is None:
-            self._thread.start()
+            self._start()
         else:
             self._go.release()
         self._stopped.acquire()
@@ -52,6 +54,12 @@ class Coroutine:
         self._closed = True
         self._go.release()
         self._thread.join()
+
+    def _start(self) -> None:
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise ModelError(f"too many micro-batches ({error}); raise --batch-size, or lower --samples") from error
 
     def _run(self) -> None:
         _local.coroutine = self

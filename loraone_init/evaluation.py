@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -61,17 +62,18 @@ def evaluate_step(
     chosen, before_rows = _choose_rows(batches, losses, seed)
     before, _ = check_losses(before_rows)
 
-    def loss_at(step: float) -> float:
+    def loss_at(step: float) -> float | None:
         with applied(pairs, targets, step):
             rows = stream_losses(stack, objective, chosen)
-        return sum(float(r.sums.sum()) for r in rows) / sum(float(r.counts.sum()) for r in rows)
+        loss = sum(float(r.sums.sum()) for r in rows) / sum(float(r.counts.sum()) for r in rows)
+        return loss if math.isfinite(loss) else None
 
     after = loss_at(scale)
     suggestion, suggested_loss = None, None
-    if not after < before:  # also when it is not a number
+    if after is None or after > before:
         for doubling in range(1, MAX_DOUBLINGS + 1):
             loss = loss_at(scale / 2**doubling)
-            if loss < before:
+            if loss is not None and loss < before:
                 suggestion, suggested_loss = gamma * 2**doubling, loss
                 break
     num_rows = sum(len(rows.sums) for rows in before_rows)

@@ -53,6 +53,8 @@ def initialize(
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules)
     _check_rank(targets, config.rank)
     objective = _choose_objective(opened, loss)
+    if isinstance(objective, CausalLM):
+        objective.check(rows)
     with _frozen(opened.module):
         losses, gradients = stream_gradients(opened.stack, targets, objective, rows, monitor)
         pairs, layers = _initialize_layers(gradients, config, monitor)

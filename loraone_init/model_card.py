@@ -23,7 +23,7 @@ rank {rank} in each of {layers} layers ([LoRA-One](https://arxiv.org/abs/2502.01
 | Base model | `{base}` |
 | Data | `{source}`, {rows} rows, {label_tokens} label tokens |
 | Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
-| Mean loss on {loss_rows} of the rows | {before:.4f} before the step, {after:.4f} after it |
+| Mean loss on {loss_rows} of the rows | {before:.4f} before the step, {after} after it |
 | Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
 
 ## Use
@@ -69,7 +69,7 @@ def model_card(adapter: Adapter) -> str:
         label_tokens=adapter.sample.get("num_label_tokens", "?"),
         loss_rows=adapter.loss.rows,
         before=adapter.loss.before,
-        after=adapter.loss.after,
+        after="not finite" if adapter.loss.after is None else f"{adapter.loss.after:.4f}",
         least=min(captured),
         middle=median(captured),
     )

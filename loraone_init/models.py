@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -13,7 +12,7 @@ from torch import nn
 
 from .blocks import describe_module_lists, find_blocks
 from .checkpoint import Checkpoint, declared_dtypes, map_parameters
-from .errors import ConfigError, DataError, ModelError
+from .errors import ConfigError, ModelError
 from .sources import LocalModel, describe, resolve_model
 from .stores import DiskStore, ResidentStore, get_tensor, set_tensor
 from .streaming import BlockStack
@@ -86,25 +85,6 @@ def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
         raise ModelError(f"{type(module).__name__} has no parameters")
     stack = BlockStack(module, find_blocks(module, block_path), ResidentStore())
     return OpenModel(module, stack, parameter.device, getattr(module, "name_or_path", None) or None)
-
-
-def check_rows(model: OpenModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Raise DataError for a token or position that the model has no embedding for, over which a GPU stops for good."""
-    embedding = getattr(model.module, "get_input_embeddings")()  # noqa: B009
-    num_embeddings = getattr(embedding, "num_embeddings", None)
-    largest = max(int(batch["input_ids"].max()) for batch in batches)
-    if num_embeddings is not None and largest >= num_embeddings:
-        raise DataError(
-            f"the tokenizer gives token id {largest}, but {model.name} has {num_embeddings} embeddings; does the"
-            " tokenizer belong to the model?"
-        )
-    config = getattr(model.module, "config").get_text_config()  # noqa: B009
-    positions = getattr(config, "max_position_embeddings", None)
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    if positions is not None and longest > positions and getattr(config, "rope_parameters", None) is None:
-        raise DataError(
-            f"a row has {longest} tokens, but {model.name} has {positions} positions; use --max-length {positions}"
-        )
 
 
 def select_device(device: str) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .encoding import IGNORED
+from .errors import DataError
 from .patching import replaced_forward
 
 Batch = Mapping[str, torch.Tensor]
@@ -61,6 +62,21 @@ class CausalLM:
         decoder = getter() if callable(getter) else None
         self._decoder: nn.Module | None = decoder if decoder is not model else None
         self._original = self._decoder.forward if self._decoder is not None else None
+
+    def check(self, batches: Sequence[Batch]) -> None:
+        """Raise DataError for a token or position that the model has no embedding for: a GPU would stop for good."""
+        largest = max(int(batch["input_ids"].max()) for batch in batches)
+        longest = max(batch["input_ids"].shape[1] for batch in batches)
+        vocabulary, positions = _num_embeddings(self._model), _num_positions(self._model)
+        if vocabulary is not None and largest >= vocabulary:
+            raise DataError(
+                f"the tokenizer gives token id {largest}, but the model has {vocabulary} embeddings; does the tokenizer"
+                " belong to the model?"
+            )
+        if positions is not None and longest > positions:
+            raise DataError(
+                f"a row has {longest} tokens, but the model has {positions} positions; use --max-length {positions}"
+            )
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -114,9 +130,7 @@ class CausalLM:
         return logits
 
     def _chunk_length(self) -> int:
-        config = getattr(self._model, "config", None)
-        text_config = config.get_text_config() if config is not None else None
-        return max(1, MAX_LOGITS // getattr(text_config, "vocab_size", MAX_LOGITS))
+        return max(1, MAX_LOGITS // getattr(_text_config(self._model), "vocab_size", MAX_LOGITS))
 
 
 class WholeModel:
@@ -144,6 +158,25 @@ class _DecoderReturned(BaseException):
 
     def __init__(self, output: Any) -> None:
         self.output = output
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, None for a module without one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def _num_embeddings(model: nn.Module) -> int | None:
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    return getattr(getter(), "num_embeddings", None) if callable(getter) else None
+
+
+def _num_positions(model: nn.Module) -> int | None:
+    """Learned positions; None for rotary ones, which go on beyond what the model was trained on."""
+    config = _text_config(model)
+    if getattr(config, "rope_parameters", None) is not None:
+        return None
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _hidden_states(output: Any) -> torch.Tensor:

@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from .adapter import Adapter
+from .adapter import Adapter, LossReport
+from .adapter_files import DIRECTORY_FILES, is_single_file
 from .monitor import Monitor, Stage
 
 
@@ -56,7 +58,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor) -> dict[str, Any
     layers = adapter.layers.values()
     captured = [layer.captured_energy for layer in layers]
     sines = [layer.sine for layer in layers if layer.sine is not None]
-    files = [output] if output.is_file() else sorted(output.iterdir())
+    files = [output] if is_single_file(output) else [output / name for name in DIRECTORY_FILES]
     return {
         "output": str(output),
         "output_bytes": sum(file.stat().st_size for file in files),
@@ -88,12 +90,22 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor) -> dict[str, Any
 
 
 def print_summary(summary: Mapping[str, Any], as_json: bool) -> None:
-    """JSON on standard output, or a table; a step that raises the loss is said in both cases, on standard error."""
+    """JSON on standard output, or a table."""
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print(json.dumps(summary, indent=2, allow_nan=False))
     else:
         _print_table(summary)
-    _warn_if_worse(summary["loss"], summary["gamma"])
+
+
+def warn_if_worse(loss: LossReport, gamma: float) -> None:
+    """Say loudly, on standard error, that the step raises the loss."""
+    if loss.after is not None and loss.after <= loss.before:
+        return
+    after = "something that is not finite" if loss.after is None else f"{loss.after:.4f}"
+    text = f"WARNING: the step RAISES the loss from {loss.before:.4f} to {after} at γ = {gamma:g}."
+    if loss.suggested_gamma is not None:
+        text += f" Try --gamma {loss.suggested_gamma:g}: {loss.suggested_loss:.4f} on the same rows."
+    Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
 
 
 def peak_memory_bytes() -> int | None:
@@ -107,7 +119,7 @@ def peak_memory_bytes() -> int | None:
 
 
 def _print_table(summary: Mapping[str, Any]) -> None:
-    sample, loss = summary["sample"], summary["loss"]
+    sample = summary["sample"]
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -119,15 +131,15 @@ def _print_table(summary: Mapping[str, Any]) -> None:
             f"{summary['captured_energy_min']:.1%} min, {summary['captured_energy_median']:.1%} median",
         ),
         ("SVD accuracy", _describe_accuracy(summary)),
-        ("loss", f"{loss['before']:.4f} → {loss['after']:.4f} on {loss['rows']} rows ({loss['sample']:.4f} on all)"),
+        ("loss", _describe_loss(summary["loss"])),
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
         ("peak memory", _mebibytes(summary["peak_memory_bytes"])),
         ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
     ):
-        table.add_row(label, value)
+        table.add_row(label, Text(value))
     odd = summary["layers_not_spectral"]
     if odd:
-        table.add_row("no full gradient", f"{len(odd)} layers keep standard rows, such as {next(iter(odd))}")
+        table.add_row("no full gradient", Text(f"{len(odd)} layers keep standard rows, such as {next(iter(odd))}"))
     Console().print(table)
 
 
@@ -146,18 +158,14 @@ def _describe_sample(sample: Mapping[str, Any]) -> str:
     return text
 
 
+def _describe_loss(loss: Mapping[str, Any]) -> str:
+    after = "not finite" if loss["after"] is None else f"{loss['after']:.4f}"
+    return f"{loss['before']:.4f} → {after} on {loss['rows']} rows ({loss['sample']:.4f} on all)"
+
+
 def _describe_accuracy(summary: Mapping[str, Any]) -> str:
     worst = summary["largest_sine"]
     text = "no layer has a gap after rank r" if worst is None else f"sin∠ ≤ {worst:.1e} in every layer"
     if worst is not None and summary["layers_without_gap"]:
         text += f" but {summary['layers_without_gap']} without a gap after rank r"
     return text
-
-
-def _warn_if_worse(loss: Mapping[str, Any], gamma: float) -> None:
-    if loss["after"] < loss["before"]:
-        return
-    text = f"WARNING: the step RAISES the loss from {loss['before']:.4f} to {loss['after']:.4f} at γ = {gamma:g}."
-    if loss["suggested_gamma"] is not None:
-        text += f" Try --gamma {loss['suggested_gamma']:g}: {loss['suggested_loss']:.4f} on the same rows."
-    Console(stderr=True).print(text, style="bold red")

@@ -90,7 +90,7 @@ def _looks_like_path(source: str) -> bool:
 
 def _read_file(source: str, path: Path) -> Rows:
     known = ", ".join(SUFFIXES)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DataError(f"{source!r} is a directory; give one file ({known}) or a hub data set id")
     if not os.path.exists(path):
         raise DataError(f"{source!r} does not exist; give a file ({known}) or a hub data set id such as org/name")

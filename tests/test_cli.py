@@ -271,7 +271,6 @@ def test_step_that_raises_the_loss(command: Command, tiny_model: Path, tiny_data
     assert lowered["after"] == pytest.approx(loss["suggested_loss"], rel=1e-5)  # factors are scaled in fp32
 
 
-@pytest.mark.xfail(strict=True, reason="report.py writes the table and the warning together, so --quiet drops both")
 def test_quiet_keeps_the_warning(command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.safetensors"
     result = command(tiny_model, tiny_data, "-o", output, "--quiet", *TOO_LONG)
@@ -279,7 +278,6 @@ def test_quiet_keeps_the_warning(command: Command, tiny_model: Path, tiny_data: 
     assert "RAISES the loss" in result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="report.py prints NaN, which is no JSON")
 def test_json_of_a_loss_that_is_no_number(command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     result = command(tiny_model, tiny_data, "-o", tmp_path / "a.safetensors", "--json", "--gamma", 1e-30)
     found = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

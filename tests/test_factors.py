@@ -17,7 +17,7 @@ FP32 = 1e-6
 
 def factors(G, rank, gamma=128.0, seed=0):
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    S = torch.where(S < 1e-6 * S[0], torch.zeros(()).double(), S)  # the numerical rank of an fp32 matrix
+    S = torch.where(1e-6 * S[0] > S, torch.zeros(()).double(), S)  # the numerical rank of an fp32 matrix
     generator = torch.Generator().manual_seed(seed)
     return S, spectral_init(U[:, :rank], S[:rank], Vh[:rank], gamma, generator)
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from loraone_init.errors import ConfigError, DataError
 from loraone_init.encoding import IGNORED, RowEncoder, row_encoder
+from loraone_init.errors import ConfigError, DataError
 from loraone_init.formats import check_columns, infer_format, parse_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # from inside TRL
