@@ -17,8 +17,11 @@ from .gradients import check_losses, stream_losses
 from .objective import Objective, RowLosses
 from .streaming import BlockStack
 
-EVALUATED_SHARE = 4
-"""One row in so many is evaluated after the step."""
+
+def num_evaluated(num_rows: int) -> int:
+    """Rows to evaluate after the step: an eighth of them, but two if that is no more than a quarter; at least one."""
+    return max(1, num_rows // 8, min(2, num_rows // 4))
+
 
 MAX_DOUBLINGS = 10
 """How often γ is doubled in search of a step that lowers the loss: up to 1024 times as short a step."""
@@ -54,7 +57,7 @@ def evaluate_step(
     gamma: float,
     seed: int,
 ) -> LossReport:
-    """Mean loss of W and of W + scale·B·A on at most a quarter of the rows (one at least), drawn from `seed`.
+    """Mean loss of W and of W + scale·B·A on some of the rows, drawn from `seed`.
 
     If the step raises it, γ is doubled until one is found that lowers it: a step of scale·γ/γ'.
     """
@@ -84,7 +87,7 @@ def _choose_rows(batches: Sequence[Any], losses: Sequence[RowLosses], seed: int)
     """Some rows of the batches, and their losses. A batch whose loss is one number is taken whole or not at all."""
     units = [(index, row) for index, rows in enumerate(losses) for row in range(len(rows.sums)) if rows.counts[row] > 0]
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
-    taken = sorted(units[i] for i in order[: max(1, len(units) // EVALUATED_SHARE)])
+    taken = sorted(units[i] for i in order[: num_evaluated(len(units))])
     chosen, kept = [], []
     for index in sorted({index for index, _ in taken}):
         rows = torch.tensor([row for other, row in taken if other == index])

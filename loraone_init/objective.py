@@ -19,8 +19,8 @@ from .patching import replaced_forward
 Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int]]
 
-MAX_LOGITS = 2**23
-"""Elements of the logits computed at a time (32 MiB in fp32); a few such buffers are alive together."""
+MAX_LOGITS = 2**22
+"""Elements of the logits computed at a time (16 MiB in fp32); a few such buffers are alive together."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def convert_gguf(file: Path) -> Path:
         return target
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise ModelError('reading .gguf files needs two more packages: pip install "loraone-init[gguf]"')
-    logger.warning("Converting %s to safetensors, once, into %s", file.name, target)
+    logger.info("Converting %s to safetensors, once, into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=target.parent) as work:

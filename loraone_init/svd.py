@@ -33,7 +33,7 @@ _EXCESS = 1e-5  # how far ‖G - USVh‖_F may lie above the optimum, relatively
 _MARGIN = 4.0  # safety factor on residuals that stand in for unknown errors
 _ROUNDING = 10.0  # rounding moves G·v - σ·u and Gᵀ·u - σ·v by up to 10·ε·σ_1 out of the subspace; seen: 9, r to 256
 _MIN_BUDGET = 16  # iterations that must cost less than one exact SVD for iterating to be worth it
-_BLOCK_ELEMENTS = 2**22  # fp64 entries in flight when the final residual is computed (32 MiB)
+_BLOCK_ELEMENTS = 2**16  # fp64 entries in flight when the final residual is computed: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -220,11 +220,12 @@ def _result(G: Tensor, t: _Triplets, norm: float, scale: float, method: Method, 
 def _residual(G: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> float:
     """‖G - U·diag(S)·Vh‖_F in fp64, G (m, n) by blocks of rows."""
     rows = max(1, _BLOCK_ELEMENTS // G.shape[1])
-    SVh = S.double()[:, None] * Vh.double()
-    total = SVh.new_zeros(())
-    for i in range(0, len(G), rows):
-        total += (G[i : i + rows].double() - U[i : i + rows].double() @ SVh).square().sum()
-    return math.sqrt(float(total))
+    U, SVh = U.double(), S.double()[:, None] * Vh.double()
+    blocks = [
+        torch.linalg.vector_norm(torch.addmm(G[i : i + rows].double(), U[i : i + rows], SVh, alpha=-1))
+        for i in range(0, len(G), rows)
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(blocks)))
 
 
 def _normalise(G: Tensor) -> tuple[Tensor, float]:
@@ -232,7 +233,7 @@ def _normalise(G: Tensor) -> tuple[Tensor, float]:
 
     The scale is a power of two, which makes this exact: any other would round G and turn its subspaces.
     """
-    peak = float(G.abs().amax())
+    peak = max(abs(float(extreme)) for extreme in G.aminmax())
     if not math.isfinite(peak):
         raise NumericalError("not finite: the matrix has NaN or infinite entries")
     limit = 126 if G.dtype == torch.float32 else 1022  # 2^-limit is still a normal number

@@ -189,9 +189,9 @@ def content(directory: Path) -> dict[str, bytes | None]:
 
 
 def error_line(stderr: str) -> str:
-    """The last line, which is the only one but for warnings before it."""
+    """The last line, which is the only one but for log messages before it."""
     *before, last = stderr.splitlines()
-    assert all(line.startswith("Warning: ") for line in before), stderr
+    assert all(line.startswith(("Warning: ", "Converting ")) for line in before), stderr
     assert last.startswith("Error: "), stderr
     return last
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -94,6 +95,9 @@ TOOL_CHATS = [
     [said("user", "clips?"), {"role": "assistant", "tool_calls": CALLS}, said("tool", "24"), said("assistant", "24.")],
     CHATS[0],
 ]
+
+
+DROPS_NULLS = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 18)
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,8 @@ def our_rows(case: Case) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_same_as_sft_trainer(case: Case, quiet: None, tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
+    if case in (CASES["tool calls and a list of tools"], CASES["tools as JSON"]) and not DROPS_NULLS:
+        pytest.skip("this transformers renders the nulls that datasets puts into tool calls of unlike arguments")
     expected = trl_rows(case, tiny_model, tmp_path)
     assert expected
     assert our_rows(case) == expected

@@ -83,7 +83,7 @@ def test_step_that_is_too_long_comes_with_a_gamma_that_lowers_the_loss():
     assert again.loss.after == pytest.approx(adapter.loss.suggested_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize(("num_rows", "evaluated"), [(1, 1), (3, 1), (8, 2), (11, 2)])
+@pytest.mark.parametrize(("num_rows", "evaluated"), [(1, 1), (3, 1), (8, 2), (11, 2), (24, 3)])
 def test_at_most_a_quarter_of_the_rows_is_evaluated(num_rows, evaluated):
     model, batches = make_model("llama"), make_batches((8,), rows=num_rows)
     assert initialize(model, batches, InitConfig(rank=2, gamma=512.0)).loss.rows == evaluated
