@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 MODEL ?= demo
 DATA ?= examples/gsm8k.jsonl
 OUTPUT ?= adapters.safetensors
+# The published 128 is too long a step for so small a model.
+GAMMA ?= 256
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/demo.installed ## SmolLM2-135M-Instruct and 64 rows of GSM8K
-	$(BIN)/loraone-init $(MODEL) $(DATA) -o $(OUTPUT) --overwrite
+	$(BIN)/loraone-init $(MODEL) $(DATA) -o $(OUTPUT) --gamma $(GAMMA) --overwrite
 
 test: $(VENV)/test.installed ## the whole test suite, offline
 	$(BIN)/python -m pytest

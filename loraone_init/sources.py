@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import re
 import struct
+import sys
 import tempfile
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,13 +115,14 @@ def _write_converted(file: Path, directory: Path) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # its bar cannot be turned off
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
         raise ModelError(f"transformers cannot read {file}: {describe(error)[:250]}; is the file complete?") from error
     model.save_pretrained(directory)
