@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import DataError, NumericalError
+from .errors import DataError, ModelError, NumericalError
 from .monitor import Monitor
 from .objective import Objective, RowLosses
 from .streaming import BlockStack, Trace, stream_backward, stream_forward
@@ -68,10 +68,12 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()))
         if not output.requires_grad:  # below, nothing needs a gradient: start the graph here
             output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output.register_hook(partial(self._add, name, x.detach()))
+        output.register_hook(partial(self._add, name, x.detach(), x._version))
         return output
 
-    def _add(self, name: str, x: torch.Tensor, dY: torch.Tensor) -> None:
+    def _add(self, name: str, x: torch.Tensor, version: int, dY: torch.Tensor) -> None:
+        if x._version != version:  # the product would be of another x, and nothing else would notice
+            raise ModelError(f"the input of layer {name} is changed in place after the layer; its gradient is lost")
         self._waiting[name].append((dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])))
         if sum(len(X) for _, X in self._waiting[name]) >= WIDE_TOKENS:
             self._multiply(name)

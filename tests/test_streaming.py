@@ -270,3 +270,24 @@ def test_micro_batches_that_take_different_ways_are_refused():
     objective = WholeModel(model, lambda model, batch: (model(batch).sum(), 1))
     with pytest.raises(ModelError, match="different ways"):
         stream_gradients(stack, select_targets(model, "all-linear"), objective, [torch.zeros(1, 3), torch.ones(1, 3)])
+
+
+def test_a_layer_input_that_is_changed_afterwards_is_refused():
+    """dYᵀX needs the X that the layer saw; weights are frozen, so autograd itself would not notice."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            y = self.b(h)
+            h += y
+            return h
+
+    model = Model().requires_grad_(False)
+    stack = BlockStack(model, [], ResidentStore())
+    objective = WholeModel(model, lambda model, batch: (model(batch).sum(), 1))
+    with pytest.raises(ModelError, match="input of layer b is changed in place"):
+        stream_gradients(stack, select_targets(model, "all-linear"), objective, [torch.ones(2, 3)])
