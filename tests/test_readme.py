@@ -47,7 +47,8 @@ def test_python_example_with_a_module_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("command", commands("loraone-init"))
 def test_command_lines_parse(command):
-    main.make_context("loraone-init", shlex.split(command)[1:])
+    context = main.make_context("loraone-init", shlex.split(command)[1:])
+    assert str(context.params["output"]) in command
 
 
 def test_demo_command_runs(smollm2, tmp_path, monkeypatch):
