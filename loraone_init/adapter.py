@@ -20,17 +20,19 @@ FORMAT_VERSION = "1"
 class LayerReport:
     """What is known of one layer's gradient and its SVD.
 
-    singular_values: of G, the leading r, descending, exactly zero beyond its numerical rank.
+    singular_values: of G, the leading r, descending.
+    rank:            how many of them are more than rounding; the columns of B beyond are zero, the rows of A random.
     gradient_norm:   ‖G‖_F.
     captured_energy: share of ‖G‖²_F in the leading r, 1 for G = 0.
     residual:        ‖G − U·S·Vh‖_F.
     sine:            upper estimate of the sine of the largest principal angle to the true rank-r subspaces; None
                      where they are not defined: (σ_r − σ_{r+1})/σ_r < 0.01.
-    init:            "spectral"; "partial" where rank(G) < r; "standard" where G = 0.
+    init:            "spectral"; "partial" where rank < r; "standard" where G = 0.
     """
 
     shape: tuple[int, int]
     singular_values: tuple[float, ...]
+    rank: int
     gradient_norm: float
     captured_energy: float
     residual: float

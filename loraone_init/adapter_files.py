@@ -28,6 +28,9 @@ def is_single_file(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
+_OTHER_FORMATS = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".json", ".zip", ".npz"}
+
+
 def check_output(path: Path, overwrite: bool) -> None:
     """Raise OutputError if `path` cannot be written, before any work is done."""
     try:
@@ -43,6 +46,8 @@ def _check_existing(path: Path, overwrite: bool) -> None:
             raise OutputError(f"{path} is a directory; name a file, or a directory without .safetensors at its end")
         existing = [path] if path.exists() else []
     else:
+        if path.suffix.lower() in _OTHER_FORMATS:
+            raise OutputError(f"{path}: adapters are not written as {path.suffix}; name it {path.stem}.safetensors")
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; an output without .safetensors at its end is a directory")
         existing = sorted(path.iterdir()) if path.is_dir() else []

@@ -73,7 +73,7 @@ def _prefix(target: Path) -> str:
 
 def _finish(path: Path) -> None:
     """Have the data on disk before the name says that they are, and readable to whom the umask allows."""
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows flushes what is open for writing only
         os.fsync(file.fileno())
     path.chmod(0o666 & ~_umask())
 

@@ -54,10 +54,6 @@ class Checkpoint:
             )
         return tensor
 
-    def dtypes(self) -> set[str]:
-        """The safetensors dtype codes in the files, such as "BF16"."""
-        return {self._files[path].get_slice(name).get_dtype() for name, path in self._where.items()}
-
     def fingerprint(self) -> str:
         """SHA-256 over each tensor's name, dtype, shape and first 4,096 bytes, in order of names (docs/format.md).
 

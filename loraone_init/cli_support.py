@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -42,7 +43,8 @@ def one_line_errors(verbose: bool) -> Iterator[None]:
     Only where nobody reads standard output any more (`| head`), click ends it without a word.
     """
     try:
-        yield
+        with _terminated_as_interrupted():
+            yield
     except LoraOneError as error:
         _fail(str(error), verbose)
     except KeyboardInterrupt:
@@ -54,6 +56,16 @@ def one_line_errors(verbose: bool) -> Iterator[None]:
             _fail("out of memory; lower --batch-size, --max-length or --samples, or close other programs", verbose)
         message = " ".join(str(error).split())[:300]
         _fail(f"{type(error).__name__}: {message} (unforeseen; --verbose shows where: please report it)", verbose)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """What `kill` and a batch system's time limit send ends the command as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str, verbose: bool) -> NoReturn:

@@ -22,9 +22,9 @@ class InitConfig:
     alpha:           α of LoRA.
     gamma:           γ; the step's largest singular value is s/γ in every layer.
     scaling:         "rslora" for s = α/√r, "lora" for s = α/r.
-    target_modules:  "all-linear", a regular expression that matches whole module names, or a tuple of
-                     names matched as PEFT does (the module's full name or its dotted ending).
-    exclude_modules: a regular expression or a tuple of names, likewise; () for none.
+    target_modules:  "all-linear", a regular expression that matches whole module names, or names, a list or tuple,
+                     matched as PEFT does (the module's full name or its dotted ending). Kept as a tuple.
+    exclude_modules: a regular expression or names, likewise; () for none.
     block_path:      name of the module list to stream, where it cannot be found by itself.
     seed:            seeds the SVD's test matrices and standard-initialised rows.
     """
@@ -39,12 +39,16 @@ class InitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}")
+        if not is_whole(self.rank) or self.rank < 1:
+            raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         for name in ("alpha", "gamma"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a positive number, got {value}")
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         if self.scaling not in get_args(Scaling):
             raise ConfigError(f"scaling must be one of {', '.join(get_args(Scaling))}, got {self.scaling!r}")
         if not self.target_modules:
@@ -54,3 +58,17 @@ class InitConfig:
     def scale(self) -> float:
         """s, the factor of B·A: α/√r (rsLoRA) or α/r."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
+
+
+def is_whole(value: object) -> bool:
+    """Whether `value` is an integer; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names(option: str, value: object) -> str | tuple[str, ...]:
+    """A regular expression as it is, names as a tuple."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(f"{option} must be a regular expression or a list of names, got {value!r}")
+    return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)

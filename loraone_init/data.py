@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .config import is_whole
 from .encoding import IGNORED, EncodedRow, RowEncoder, row_encoder
 from .errors import ConfigError, DataError
 from .formats import Format, check_columns
@@ -56,9 +57,9 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("samples", "max_length", "batch_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         check_columns(self.columns or {})
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .errors import DataError
+from .errors import DataError, describe
 from .formats import (
     CONVERSATIONAL,
     WITHOUT_COMPLETION,
@@ -19,7 +19,7 @@ from .formats import (
     tools_of,
     wrong_type,
 )
-from .rows import Row, one_line
+from .rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ class RowEncoder:
                     content, tokenize=True, return_dict=True, **self._template_arguments(row, number, is_prompt)
                 )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise DataError(f"row {number} cannot be tokenised: {one_line(error)}") from error
+            raise DataError(f"row {number} cannot be tokenised: {describe(error)}") from error
         ids: list[int] = encoded["input_ids"]
         if is_prompt or not self.assistant_only:
             return ids, [1] * len(ids)
@@ -164,7 +164,9 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError as error:
-        raise DataError(problem + "add them, or pip install trl, which has such templates for many models") from error
+        raise DataError(
+            f'{problem}add them, or let TRL, which has them for many models: pip install "loraone-init[assistant]"'
+        ) from error
     try:
         marked: str | None = get_training_chat_template(tokenizer)
     except ValueError as error:

@@ -27,3 +27,9 @@ class OutputError(LoraOneError):
 
 class AdapterError(LoraOneError):
     """An adapter file cannot be read, or is not one of ours."""
+
+
+def describe(error: BaseException) -> str:
+    """An exception's message on one line, with its class where it would not be understood alone."""
+    message = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__} {message}".rstrip() if isinstance(error, LookupError) or not message else message

@@ -19,8 +19,8 @@ from .streaming import BlockStack
 
 
 def num_evaluated(num_rows: int) -> int:
-    """Rows to evaluate after the step: an eighth of them, but two if that is no more than a quarter; at least one."""
-    return max(1, num_rows // 8, min(2, num_rows // 4))
+    """Rows to evaluate after the step: a quarter of them up to eight rows, then an eighth; at least one."""
+    return max(1, min(num_rows // 4, max(8, num_rows // 8)))
 
 
 MAX_DOUBLINGS = 10

@@ -17,22 +17,28 @@ class LoraPair:
 
 
 def spectral_init(
-    U: torch.Tensor, S: torch.Tensor, Vh: torch.Tensor, gamma: float, generator: torch.Generator
+    U: torch.Tensor,
+    S: torch.Tensor,
+    Vh: torch.Tensor,
+    gamma: float,
+    generator: torch.Generator,
+    *,
+    rank: int | None = None,
 ) -> LoraPair:
     """B₀ = −γ^(−1/2)·U·Ŝ^(1/2), A₀ = γ^(−1/2)·Ŝ^(1/2)·Vh with Ŝ = S/S[0], from G ≈ U·diag(S)·Vh.
 
     U (out, r), S (r,) descending, Vh (r, in). The minus makes it a descent step: s·B₀A₀ = −(s/(γ·S[0]))·G_r.
-    Where S is exactly zero (rank(G) < r, or G = 0) the rows of A are standard-initialised from `generator` and the
-    columns of B zero, as in plain LoRA, so that these directions can still be learnt.
+    Beyond the numerical rank of G the rows of A are standard-initialised from `generator` and the columns of B zero, as
+    in plain LoRA, so that these directions can still be learnt. rank: that rank, or None where S is exactly zero there.
     Returns fp32 factors on the CPU.
     """
     top = S[0].item()
     root = (S / top / gamma).sqrt() if top > 0 else torch.zeros_like(S)
     B = (-U * root).to(device="cpu", dtype=torch.float32)
     A = (root[:, None] * Vh).to(device="cpu", dtype=torch.float32)
-    unused = (S == 0).cpu()
-    B[:, unused] = 0.0
-    A[unused] = standard_rows(int(unused.sum()), A.shape[1], generator)
+    used = int((S > 0).sum()) if rank is None else rank
+    B[:, used:] = 0.0
+    A[used:] = standard_rows(len(A) - used, A.shape[1], generator)
     return LoraPair(A.contiguous(), B.contiguous())
 
 

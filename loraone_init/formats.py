@@ -92,7 +92,10 @@ def check_columns(columns: Mapping[str, str]) -> None:
     """Raises ConfigError where a new name is none of TARGETS."""
     for target in columns:
         if target not in TARGETS:
-            raise ConfigError(f"--columns cannot name {target!r}; expected one of {', '.join(TARGETS)}")
+            raise ConfigError(
+                f"--columns cannot name {target!r}; expected one of {', '.join(TARGETS)}, such as"
+                " --columns prompt=question,completion=answer"
+            )
 
 
 def rename_columns(row: Row, columns: Mapping[str, str], number: int) -> Row:

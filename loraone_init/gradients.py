@@ -15,6 +15,7 @@ from torch import nn
 from .errors import DataError, ModelError, NumericalError
 from .monitor import Monitor
 from .objective import Objective, RowLosses
+from .precision import full_precision
 from .streaming import BlockStack, Trace, stream_backward, stream_forward
 from .targets import layer_shape
 
@@ -86,10 +87,11 @@ class Collector:
         dtype = torch.promote_types(waiting[0][1].dtype, torch.float32)
         dY = torch.cat([dY for dY, _ in waiting]).to(dtype)
         X = torch.cat([X for _, X in waiting]).to(dtype)
-        if name in self._sums:
-            self._sums[name].addmm_(dY.T, X)
-        else:
-            self._sums[name] = dY.T @ X
+        with full_precision(X.device):
+            if name in self._sums:
+                self._sums[name].addmm_(dY.T, X)
+            else:
+                self._sums[name] = dY.T @ X
 
 
 def stream_gradients(
@@ -164,7 +166,7 @@ def check_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
         raise DataError("the batches have no trainable tokens: every label is masked")
     mean = total / count
     if mean != mean or mean in (float("inf"), float("-inf")):
-        raise NumericalError(f"the loss is {mean}; check the weights, or use --dtype float32")
+        raise NumericalError(f"the loss is {mean}; check the weights; in half precision, --dtype float32 may help")
     return mean, count
 
 

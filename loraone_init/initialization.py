@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from .adapter import Adapter, LayerReport
 from .config import InitConfig
-from .errors import ConfigError, ModelError, NumericalError
+from .errors import ConfigError, DataError, ModelError, NumericalError
 from .evaluation import evaluate_step
 from .factors import LoraPair, spectral_init
 from .gradients import LayerGradient, stream_gradients
@@ -48,13 +48,16 @@ def initialize(
     config = config or InitConfig()
     monitor = monitor or Monitor()
     opened = model if isinstance(model, OpenModel) else open_module(model, config.block_path)
+    if config.block_path not in (None, opened.block_path):
+        raise ConfigError(f"the model was opened with block path {opened.block_path!r}, not {config.block_path!r}")
     sample = _describe(batches)
     rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules)
     _check_rank(targets, config.rank)
     objective = _choose_objective(opened, loss)
-    if isinstance(objective, CausalLM):
-        objective.check(rows)
+    if not rows:
+        raise DataError("there are no batches; give at least one")
+    objective.check(rows)
     with _frozen(opened.module):
         losses, gradients = stream_gradients(opened.stack, targets, objective, rows, monitor)
         pairs, layers = _initialize_layers(gradients, config, monitor)
@@ -64,7 +67,7 @@ def initialize(
             )
     return Adapter(
         pairs={name: pairs[name] for name in targets},
-        config=config,
+        config=replace(config, block_path=opened.block_path),
         layers={name: layers[name] for name in targets},
         loss=report,
         base={
@@ -101,9 +104,10 @@ def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[Lora
         svd = truncated_svd(gradient.G, config.rank, generator=generator)
     except NumericalError as error:
         raise NumericalError(
-            f"the gradient of layer {gradient.name} is not finite; check the weights, or use --dtype float32"
+            f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision, --dtype"
+            " float32 may help"
         ) from error
-    pair = spectral_init(svd.U, svd.S, svd.Vh, config.gamma, generator)
+    pair = spectral_init(svd.U, svd.S, svd.Vh, config.gamma, generator, rank=svd.rank)
     return pair, _report(gradient, svd, config.rank)
 
 
@@ -112,6 +116,7 @@ def _report(gradient: LayerGradient, svd: TruncatedSVD, rank: int) -> LayerRepor
     return LayerReport(
         shape=(rows, columns),
         singular_values=tuple(svd.S.double().tolist()),
+        rank=svd.rank,
         gradient_norm=svd.norm,
         captured_energy=svd.captured_energy,
         residual=svd.residual,
@@ -124,7 +129,9 @@ def _report(gradient: LayerGradient, svd: TruncatedSVD, rank: int) -> LayerRepor
 
 def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
     """The data's record for the metadata; only what `load_batches` gives has one."""
-    if not is_dataclass(batches):
+    from .data import Sample
+
+    if not isinstance(batches, Sample):
         return {}
     record = {field.name: getattr(batches, field.name) for field in fields(batches) if field.name != "batches"}
     return {**record, "options": asdict(record["options"])}
@@ -143,8 +150,11 @@ def _check_rank(targets: Mapping[str, nn.Module], rank: int) -> None:
 def _choose_objective(opened: OpenModel, loss: LossFunction | None) -> Objective:
     if loss is not None:
         return WholeModel(opened.module, loss)
-    if not hasattr(opened.module, "get_output_embeddings"):
-        raise ModelError(f"{type(opened.module).__name__} is no transformers model; pass loss=")
+    head: Any = getattr(opened.module, "get_output_embeddings", None)
+    if not callable(head) or head() is None:
+        raise ModelError(
+            f"{type(opened.module).__name__} is no transformers model with a language model head; pass loss="
+        )
     return CausalLM(opened.module, opened.device)
 
 

@@ -23,7 +23,7 @@ rank {rank} in each of {layers} layers ([LoRA-One](https://arxiv.org/abs/2502.01
 | Base model | `{base}` |
 | Data | `{source}`, {rows} rows, {label_tokens} label tokens |
 | Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
-| Mean loss on {loss_rows} of the rows | {before:.4f} before the step, {after} after it |
+| Mean loss, on {loss_rows} of the rows the gradient was taken from | {before:.4f} before the step, {after} after it |
 | Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
 
 ## Use

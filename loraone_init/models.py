@@ -12,8 +12,8 @@ from torch import nn
 
 from .blocks import describe_module_lists, find_blocks
 from .checkpoint import Checkpoint, declared_dtypes, map_parameters
-from .errors import ConfigError, ModelError
-from .sources import LocalModel, describe, resolve_model
+from .errors import ConfigError, ModelError, describe
+from .sources import LocalModel, resolve_model
 from .stores import DiskStore, ResidentStore, get_tensor, set_tensor
 from .streaming import BlockStack
 
@@ -32,8 +32,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 class OpenModel:
     """A model that can be run block by block.
 
-    name:        what the adapter names as its base; None for a module from Python.
+    name:        what the adapter names as its base; for a module from Python its `name_or_path`, None without one.
     fingerprint: of the checkpoint (see `Checkpoint.fingerprint`); None for a module from Python.
+    block_path:  name of the module list that is streamed; None where it was found by itself.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class OpenModel:
     revision: str | None = None
     fingerprint: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+    block_path: str | None = None
 
 
 def open_model(
@@ -75,6 +77,7 @@ def open_model(
         source.revision,
         checkpoint.fingerprint(),
         _load_tokenizer(source, trust_remote_code),
+        block_path,
     )
 
 
@@ -84,7 +87,8 @@ def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
     if parameter is None:
         raise ModelError(f"{type(module).__name__} has no parameters")
     stack = BlockStack(module, find_blocks(module, block_path), ResidentStore())
-    return OpenModel(module, stack, parameter.device, getattr(module, "name_or_path", None) or None)
+    name = getattr(module, "name_or_path", None) or None
+    return OpenModel(module, stack, parameter.device, name, block_path=block_path)
 
 
 def select_device(device: str) -> torch.device:
@@ -96,7 +100,7 @@ def select_device(device: str) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ConfigError(f"device {device!r} cannot be used here: {reason}; use auto, cpu or cuda") from error
+        raise ConfigError(f"device {device!r} cannot be used here: {reason}; use auto, cpu, cuda or cuda:1") from error
     if place.type == "meta":
         raise ConfigError("device 'meta' holds no numbers; use auto, cpu or cuda")
     return place

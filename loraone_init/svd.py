@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, NumericalError
+from .precision import full_precision
 
 Method = Literal["exact", "randomized"]
 
@@ -40,7 +39,7 @@ _BLOCK_ELEMENTS = 2**16  # fp64 entries in flight when the final residual is com
 class TruncatedSVD:
     """G ≈ U·diag(S)·Vh and what was measured about it. fp32, fp64 for fp64 input.
 
-    The residual is at most (1 + 1e-5) times that of the best approximation of rank `rank`, plus 10·ε32·‖G‖_F. The sine
+    The residual is at most (1 + 1e-5) times that of the best approximation of rank r, plus 10·ε32·‖G‖_F. The sine
     is an upper estimate for the largest principal angle between the singular subspaces found and the true ones of
     dimension r, the larger of left and right; None where these are undefined: gap < MIN_GAP, or `rank` < r.
     """
@@ -48,7 +47,7 @@ class TruncatedSVD:
     U: Tensor  # (m, r) orthonormal, the entry of largest magnitude in every column is positive
     S: Tensor  # (r,) descending
     Vh: Tensor  # (r, n) orthonormal
-    rank: int  # how many of S exceed 10·ε·‖G‖_F; the others are exactly 0, their vectors arbitrary
+    rank: int  # the numerical rank, at most r: so many of S exceed 10·ε·‖G‖_F, the others are rounding
     norm: float  # ‖G‖_F
     captured_energy: float  # 1 - residual²/norm²; 1 for G = 0
     residual: float  # ‖G - U·diag(S)·Vh‖_F of the tensors returned, computed in fp64
@@ -77,7 +76,7 @@ def truncated_svd(
     Raises ConfigError for an impossible matrix, rank or oversample, NumericalError if G is not finite.
     """
     _check_arguments(G, rank, oversample)
-    with torch.no_grad(), _full_precision(G.device):
+    with torch.no_grad(), full_precision(G.device):
         G, scale = _normalise(G.to(torch.float64 if G.dtype == torch.float64 else torch.float32))
         if scale == 0.0:
             U, Vh = (G.new_zeros(shape).fill_diagonal_(1.0) for shape in ((len(G), rank), (rank, G.shape[1])))
@@ -210,7 +209,7 @@ def _result(G: Tensor, t: _Triplets, norm: float, scale: float, method: Method, 
     sign = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
     U, Vh = U * sign, Vh * sign.T
     rank = sum(s > _ZERO * eps * norm for s in t.s[: t.r])
-    S = torch.tensor(t.s[:rank] + [0.0] * (t.r - rank), dtype=G.dtype, device=G.device)
+    S = torch.tensor(t.s[: t.r], dtype=G.dtype, device=G.device)
     residual = _residual(G, U, S, Vh)
     energy = 1.0 - (residual / norm) ** 2
     sine = t.sine(eps) if rank == t.r and t.gap >= MIN_GAP else None
@@ -259,16 +258,3 @@ def _check_arguments(G: Tensor, rank: int, oversample: int) -> None:
         raise ConfigError(f"rank must be 1 to {min(G.shape)} for a matrix of shape {tuple(G.shape)}, got {rank}")
     if oversample < 1:
         raise ConfigError(f"oversample must be at least 1, got {oversample}")
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in the precision of their operands: TF32, its CPU counterpart and autocast are off inside."""
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = cuda.fp32_precision, cpu.fp32_precision
-    try:
-        cuda.fp32_precision = cpu.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        cuda.fp32_precision, cpu.fp32_precision = before

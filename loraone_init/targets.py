@@ -35,9 +35,12 @@ def select_targets(
 
     "all-linear" takes every linear layer but the output embedding; a tuple takes the modules whose full name or
     dotted ending is in it; any other string is a regular expression for the full name.
-    Raises ModelError, listing candidates, where nothing matches; ConfigError for a bad regular expression.
+    Raises ModelError, listing candidates, where nothing matches, or one of the names nothing; ConfigError for a bad
+    regular expression.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    _check_names(target_modules, linear, linear)
+    _check_names(exclude_modules, dict(model.named_modules()), linear)
     if target_modules == ALL_LINEAR:
         head = _output_embedding(model)
         chosen = {name: module for name, module in linear.items() if module is not head}
@@ -48,9 +51,17 @@ def select_targets(
         wanted = target_modules if isinstance(target_modules, str) else ",".join(target_modules)
         without = f" without {exclude_modules!r}" if exclude_modules else ""
         raise ModelError(
-            f"no linear layer matches target modules {wanted!r}{without}; there are: {_candidates(linear)}"
+            f"no linear layer matches target modules {wanted!r}{without}{_whole_name_hint(linear, target_modules)};"
+            f" there are: {_candidates(linear)}"
         )
     return chosen
+
+
+def _check_names(wanted: str | tuple[str, ...], modules: dict[str, nn.Module], linear: dict[str, nn.Module]) -> None:
+    """A name in a list that matches none of `modules` is misspelt. PEFT lets it pass if another one matches."""
+    for ending in wanted if isinstance(wanted, tuple) else ():
+        if not any(_matches(name, (ending,)) for name in modules):
+            raise ModelError(f"no layer is called {ending!r}; there are: {_candidates(linear)}")
 
 
 def _matches(name: str, wanted: str | tuple[str, ...]) -> bool:
@@ -62,6 +73,13 @@ def _matches(name: str, wanted: str | tuple[str, ...]) -> bool:
         return re.fullmatch(wanted, name) is not None
     except re.error as error:
         raise ConfigError(f"{wanted!r} is not a regular expression: {error}") from error
+
+
+def _whole_name_hint(linear: dict[str, nn.Module], wanted: str | tuple[str, ...]) -> str:
+    """A remedy where a regular expression matches a part of a name only."""
+    if isinstance(wanted, tuple) or wanted == ALL_LINEAR or not any(re.search(wanted, name) for name in linear):
+        return ""
+    return f": it has to match a whole name, as '.*({wanted})' does"
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

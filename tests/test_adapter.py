@@ -134,6 +134,7 @@ def test_metadata_names_every_field_of_the_format(case):
     assert set(layer) == {
         "shape",
         "singular_values",
+        "rank",
         "gradient_norm",
         "captured_energy",
         "residual",

@@ -118,11 +118,11 @@ MODELS: dict[str, tuple[Change, str]] = {
     ),
     "weight is no number": (
         with_tensors(lambda t: t[UP].__setitem__((3, 4), float("nan"))),
-        r"the loss is nan; check the weights, or use --dtype float32",
+        r"the loss is nan; check the weights; in half precision, --dtype float32 may help",
     ),
     "weight is infinite": (
         with_tensors(lambda t: t[UP].__setitem__((3, 4), float("inf"))),
-        r"the loss is (nan|inf); check the weights, or use --dtype float32",
+        r"the loss is (nan|inf); check the weights; in half precision, --dtype float32 may help",
     ),
 }
 
@@ -144,8 +144,8 @@ def test_model(name: str, refused: Refused, tiny_model: Path, tmp_path: Path) ->
         ("some/where/else", "there is no model directory some/where/else; give"),
         ("~nobody/at/all", "there is no model directory ~nobody/at/all; give"),
         ("nothing.gguf", "there is no file nothing.gguf; give"),
-        ("someone/unknown", "someone/unknown is neither a local directory nor a model that could be had from the hub"),
-        ("unknown", "unknown is neither a local directory nor a model that could be had from the hub"),
+        ("someone/unknown", "someone/unknown is neither a local directory nor a model to be had from the hub"),
+        ("unknown", "unknown is neither a local directory nor a model to be had from the hub"),
         ("a" * 300, f"{'a' * 300} is neither a local directory nor"),
     ],
 )
@@ -286,7 +286,7 @@ def test_gradient_that_does_not_overflow_in_fp32(
         ("rows.jsonl", '{"text": "w1 w2"}\n[1, 2]\n', "row 2 is not an object but list"),
         ("rows.jsonl", '{"a": "w1", "b": 2}\n', "row 1 has the columns a, b; expected one of: prompt + completion"),
         ("rows.jsonl", '{"text": "w1 w2"}\n{"other": "w1"}\n', "row 2 has no column 'text'; it has other"),
-        ("rows.jsonl", '{"text": "w1 w2"}\n{"text": 3}\n', "row 2: column 'text' is int, expected a string"),
+        ("rows.jsonl", '{"text": "w1 w2"}\n{"text": 3}\n', "row 2: column 'text' is number, expected a string"),
         ("rows.jsonl", '{"messages": [{"role": "user", "content": "w1"}]}\n', "the tokenizer has no chat template"),
         ("rows.csv", "text\n", "has no rows"),
         ("rows.csv", "text\nw1,w2\n", "row 1 has more fields than the header"),
@@ -344,7 +344,9 @@ def test_nothing_to_train_on(refused: Refused) -> None:
         (["--seed", -1], "seed must be a whole number from 0"),
         (["--rank", 17], "rank 17 is larger than layer model.layers.0.self_attn.k_proj of shape (16, 32) allows; use"),
         (["--rank", 17], "use --rank 16 or less, or leave the layer out with --exclude-modules"),
-        (["--target-modules", "query,value"], "no linear layer matches target modules 'query,value'; there are: q_pro"),
+        (["--target-modules", "quer.|value"], "no linear layer matches target modules 'quer.|value'; there are: q_pro"),
+        (["--target-modules", "q_proj,value"], "no layer is called 'value'; there are: q_proj (3), k_proj (3)"),
+        (["--exclude-modules", "value"], "no layer is called 'value'; there are: q_proj (3), k_proj (3)"),
         (["--target-modules", ""], "target_modules is empty; use"),
         (["--target-modules", "*q_proj"], "'*q_proj' is not a regular expression: nothing to repeat at position 0"),
         (["--exclude-modules", "(q_proj"], "'(q_proj' is not a regular expression: missing )"),
@@ -355,7 +357,10 @@ def test_nothing_to_train_on(refused: Refused) -> None:
         (["--split", "train"], "split 'train' is for hub data sets, but"),
         (["--assistant-only"], "assistant-only needs conversational data, but the format is prompt-completion"),
         (["--block-path", "blocks"], "block path 'blocks' names no module list; there are: model.layers (3)"),
-        (["--device", "tpu9"], "device 'tpu9' cannot be used here: Invalid device string: 'tpu9'; use auto, cpu or"),
+        (
+            ["--device", "tpu9"],
+            "device 'tpu9' cannot be used here: Invalid device string: 'tpu9'; use auto, cpu, cuda or",
+        ),
         (["--device", ""], "device '' cannot be used here"),
         (["--device", "meta"], "device 'meta' holds no numbers; use auto, cpu or cuda"),
         (["--device", "hpu"], "device 'hpu' cannot be used here"),

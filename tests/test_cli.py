@@ -130,7 +130,7 @@ def test_table(command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Pa
     result = command(tiny_model, tiny_data, "-o", tmp_path / "a.safetensors")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "21 of rank 8" in result.stdout
-    assert "12 of 12 rows (prompt-completion)" in result.stdout
+    assert "all 12 rows (prompt-completion)" in result.stdout
 
 
 def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

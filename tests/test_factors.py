@@ -85,10 +85,21 @@ def test_scale(scaling, scale):
     assert InitConfig(rank=8, alpha=16.0, scaling=scaling).scale == pytest.approx(scale)
 
 
+def test_names_may_be_any_list():
+    assert InitConfig(target_modules=["q_proj", "v_proj"]).target_modules == ("q_proj", "v_proj")
+    assert InitConfig(exclude_modules={"b", "a"}).exclude_modules == ("a", "b")
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"rank": 0},
+        {"rank": 8.5},
+        {"rank": True},
+        {"seed": -1},
+        {"alpha": "16"},
+        {"exclude_modules": 3},
+        {"target_modules": ["q_proj", 3]},
         {"alpha": 0.0},
         {"gamma": -1.0},
         {"gamma": math.nan},

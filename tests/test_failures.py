@@ -49,6 +49,7 @@ def test_output_is_checked_before_any_work(refused: Refused, out: Path) -> None:
         ("file/a.safetensors", "is a file, not a directory; choose another output"),
         ("file/peft", "is a file, not a directory; choose another output"),
         ("file/new/a.safetensors", "is a file, not a directory; choose another output"),
+        ("adapter.pt", "adapters are not written as .pt; name it adapter.safetensors"),
         (f"{'a' * 300}.safetensors", "File name too long; choose another output"),
     ],
 )
@@ -221,7 +222,8 @@ main()
 
 
 @posix
-def test_interrupt_ends_the_process(tiny_model: Path, tiny_data: Path, out: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_process(sent: signal.Signals, tiny_model: Path, tiny_data: Path, out: Path) -> None:
     """While a dozen micro-batches wait in their threads, of a run that would take minutes."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, tiny_model, tiny_data, "-o", out / "a.safetensors", "--batch-size", "1"],
@@ -234,7 +236,7 @@ def test_interrupt_ends_the_process(tiny_model: Path, tiny_data: Path, out: Path
         assert process.stdout is not None
         assert process.stdout.readline() == "in a block\n"
         start = time.perf_counter()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, stderr = process.communicate(timeout=60)
         assert time.perf_counter() - start < INTERRUPT_SECONDS
     finally:

@@ -421,10 +421,10 @@ def test_no_known_format(row: dict[str, Any]) -> None:
     [
         ([{"text": "a"}, {"title": "b"}], "row 2 has no column 'text'; it has title"),
         ([{"text": "a"}, {"text": None, "id": 1}], "row 2: column 'text' is null, expected a string; the row has text"),
-        ([{"text": 3}], "row 1: column 'text' is int, expected a string"),
+        ([{"text": 3}], "row 1: column 'text' is number, expected a string"),
         ([{"prompt": "a", "completion": None}], "column 'completion' is null"),
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "row 2 has no column 'answer'; it has question"),
-        ([{"instruction": "a", "output": "b", "input": 3}], "column 'input' is int"),
+        ([{"instruction": "a", "output": "b", "input": 3}], "column 'input' is number"),
         ([{"messages": "hello"}], "column 'messages' is string, expected a list of messages"),
         ([{"messages": []}], "column 'messages' is an empty list, expected a list of messages"),
         ([{"messages": ["hello"]}], "a message that is string; expected role and content"),
@@ -433,7 +433,7 @@ def test_no_known_format(row: dict[str, Any]) -> None:
         ([PAIRS[0], CHAT_PAIRS[0]], "row 2: column 'prompt' is list, expected a string"),
         ([{**CHAT_PAIRS[0], "completion": "a"}], "column 'completion' is string, expected a list of messages"),
         ([{"messages": CHATS[0], "tools": "{"}], "row 1: column 'tools' is not JSON"),
-        ([{"messages": CHATS[0], "tools": 3}], "column 'tools' is int, expected a list"),
+        ([{"messages": CHATS[0], "tools": 3}], "column 'tools' is number, expected a list"),
         ([{"messages": CHATS[0], "chat_template_kwargs": "x"}], "column 'chat_template_kwargs' is string"),
     ],
 )
@@ -487,6 +487,6 @@ def test_assistant_only_with_a_template_that_trl_does_not_know() -> None:
 def test_assistant_only_without_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
-    assert "pip install trl" in refusal([{"messages": CHATS[0]}], assistant_only=True)
+    assert 'pip install "loraone-init[assistant]"' in refusal([{"messages": CHATS[0]}], assistant_only=True)
     marked = row_encoder({"messages": CHATS[0]}, make_tokenizer(MARKED), assistant_only=True)
     assert isinstance(marked, RowEncoder)

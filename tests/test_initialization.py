@@ -17,7 +17,7 @@ from conftest import (
 from torch import nn
 
 from loraone_init import DataOptions, InitConfig, initialize, load_batches, open_model
-from loraone_init.errors import ConfigError, ModelError, NumericalError
+from loraone_init.errors import ConfigError, DataError, ModelError, NumericalError
 from loraone_init.evaluation import applied
 from loraone_init.gradients import stream_gradients
 from loraone_init.models import open_module
@@ -83,7 +83,7 @@ def test_step_that_is_too_long_comes_with_a_gamma_that_lowers_the_loss():
     assert again.loss.after == pytest.approx(adapter.loss.suggested_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize(("num_rows", "evaluated"), [(1, 1), (3, 1), (8, 2), (11, 2), (24, 3)])
+@pytest.mark.parametrize(("num_rows", "evaluated"), [(1, 1), (3, 1), (8, 2), (11, 2), (24, 6), (40, 8), (80, 10)])
 def test_at_most_a_quarter_of_the_rows_is_evaluated(num_rows, evaluated):
     model, batches = make_model("llama"), make_batches((8,), rows=num_rows)
     assert initialize(model, batches, InitConfig(rank=2, gamma=512.0)).loss.rows == evaluated
@@ -157,7 +157,8 @@ def test_fewer_tokens_than_rank():
     adapter = initialize(model, batches, InitConfig(rank=4, target_modules=("lm_head",)))
     pair, layer = adapter.pairs["lm_head"], adapter.layers["lm_head"]
     assert layer.init == "partial"
-    assert layer.singular_values[2:] == (0.0, 0.0)
+    assert layer.rank == 2
+    assert max(layer.singular_values[2:]) < 1e-14 * layer.gradient_norm
     assert torch.equal(pair.B[:, 2:], torch.zeros(97, 2))
     assert pair.B[:, :2].norm(dim=0).min() > 0
 
@@ -182,8 +183,44 @@ def test_module_of_ones_own_with_blocks_and_loss():
 
 
 def test_module_without_a_loss():
-    with pytest.raises(ModelError, match="pass loss="):
+    with pytest.raises(ModelError, match="Linear is no transformers model with a language model head; pass loss="):
         initialize(nn.Linear(4, 4), [torch.zeros(2, 4)], InitConfig(rank=2))
+
+
+def test_transformers_model_without_a_head():
+    with pytest.raises(ModelError, match="LlamaModel is no transformers model with a language model head"):
+        initialize(make_model("llama").model, make_batches(), InitConfig(rank=2))
+
+
+def test_no_batches():
+    with pytest.raises(DataError, match="there are no batches"):
+        initialize(make_model("llama"), [], InitConfig(rank=2))
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "batch 1 has no labels, only input_ids; or pass loss="),
+        ({"inputs": torch.ones(1, 4)}, "batch 1 has no input_ids and no labels, only inputs"),
+        (torch.ones(1, 4), "batch 1 has no input_ids and no labels, only Tensor"),
+    ],
+)
+def test_batches_without_what_a_causal_model_needs(batch, message):
+    with pytest.raises(DataError, match=message):
+        initialize(make_model("llama"), [batch], InitConfig(rank=2))
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(()), (torch.zeros(3), 3), (torch.zeros(()), "three"), None])
+def test_loss_function_that_returns_something_else(answer):
+    with pytest.raises(ConfigError, match="has to return two numbers: the summed loss and how many terms it has"):
+        initialize(nn.Linear(4, 4), [torch.zeros(2, 4)], InitConfig(rank=2), loss=lambda model, x: answer)
+
+
+def test_block_path_is_that_of_the_opened_model():
+    opened, batches = open_module(make_model("llama"), "model.layers"), make_batches()
+    assert initialize(opened, batches, InitConfig(rank=2)).config.block_path == "model.layers"
+    with pytest.raises(ConfigError, match=r"opened with block path 'model\.layers', not 'layers'"):
+        initialize(opened, batches, InitConfig(rank=2, block_path="layers"))
 
 
 def test_rank_larger_than_a_layer_allows():

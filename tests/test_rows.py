@@ -149,6 +149,12 @@ def test_bad_jsonl_names_the_line(tmp_path: Path) -> None:
     assert "column 10" in message
 
 
+def test_jsonl_line_cut_short_names_the_column_where_it_ends(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path / "a.jsonl", '{"text": "a"\n{"text": "b"}\n'))
+    assert "line 1 is not JSON" in message
+    assert "column 13" in message
+
+
 def test_bad_json_names_the_line(tmp_path: Path) -> None:
     assert "line 3" in error_of(write(tmp_path / "a.json", '[\n{"text": "a"},\n{"text"}]'))
 
@@ -167,7 +173,11 @@ def test_row_that_is_not_an_object(tmp_path: Path, name: str, text: str) -> None
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("3", "holds int"), ('{"text": "a"}', "an object with 0 lists"), ('{"a": [], "b": []}', "an object with 2 lists")],
+    [
+        ("3", "holds number"),
+        ('{"text": "a"}', "an object with 0 lists"),
+        ('{"a": [], "b": []}', "an object with 2 lists"),
+    ],
 )
 def test_json_without_one_list(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in error_of(write(tmp_path / "a.json", text))
@@ -269,7 +279,8 @@ def test_a_file_goes_before_a_hub_data_set_of_its_name(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("value", "name"), [({}, "object"), ([], "list"), ("", "string"), (None, "null"), (1.5, "float"), (True, "bool")]
+    ("value", "name"),
+    [({}, "object"), ([], "list"), ("", "string"), (None, "null"), (1.5, "number"), (True, "boolean")],
 )
 def test_names_of_types(value: object, name: str) -> None:
     assert json_type(value) == name

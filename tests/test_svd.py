@@ -54,7 +54,9 @@ def singular_values(spectrum: str, k: int, r: int) -> Tensor:
         s[:r] = torch.linspace(1.5, 1.0, r, dtype=torch.float64) if r > 1 else 1.0
         s[r : r + 100] = 1.0 - float(spectrum.split()[1])
         return s
-    powers = {"j^-4": j**-4, "1/j": 1 / j, "j^-1/2": j**-0.5, "10^-j": 10.0**-j, "rank 3": (j <= 3) / j}
+    if spectrum.endswith("^-j"):
+        return float(spectrum[:-3]) ** -j
+    powers = {"j^-4": j**-4, "1/j": 1 / j, "j^-1/2": j**-0.5, "rank 3": (j <= 3) / j}
     return powers[spectrum]
 
 
@@ -126,7 +128,8 @@ REAL_SIZES = [
     for shape in ((1536, 576), (576, 576), (192, 576))
     for r in (8, 32)
 ]
-ALL = DEFINED + DEFICIENT + NARROW + GAUSSIAN + REAL_SIZES
+GEOMETRIC = [Case(name, (320, 256), r) for name in ("1.4^-j", "1.1^-j") for r in (32, 64, 128)]
+ALL = DEFINED + DEFICIENT + NARROW + GAUSSIAN + REAL_SIZES + GEOMETRIC
 every_case = pytest.mark.parametrize("case", ALL, ids=str)
 
 
@@ -171,7 +174,7 @@ def test_sine_where_given_for_flat_and_slow_spectra_lies_between_the_true_sine_a
 @every_case
 def test_residual_is_optimal(case: Case) -> None:
     G, result, (_, S, _) = solved(case)
-    optimum = torch.linalg.vector_norm(S[result.rank :] if result.rank < case.r else S[case.r :]).item()
+    optimum = torch.linalg.vector_norm(S[case.r :]).item()
     norm = torch.linalg.vector_norm(S).item()
     assert direct_residual(G, result) <= (1 + ENERGY_EXCESS) * optimum + ENERGY_ROUNDING * norm
 
@@ -222,9 +225,9 @@ def test_rank_counts_the_values_above_rounding(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", DEFICIENT, ids=str)
-def test_values_beyond_the_numerical_rank_are_exactly_zero(case: Case) -> None:
+def test_values_beyond_the_numerical_rank_are_rounding(case: Case) -> None:
     _, result, _ = solved(case)
-    assert (result.S > 0).sum() == result.rank < case.r
+    assert result.S[result.rank :].max() <= 10 * EPS32 * result.norm
 
 
 @pytest.mark.parametrize("case", [Case("j^-1/2", shape, 8) for shape in (TALL, WIDE, SQUARE)], ids=str)

@@ -12,8 +12,15 @@ from loraone_init.errors import ConfigError, ModelError
 from loraone_init.targets import layer_shape, select_targets
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
-@pytest.mark.parametrize("wanted", ["all-linear", ("q_proj", "c_attn"), r".*(q_proj|c_proj|c_attn)"])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        *[(name, "all-linear") for name in ("llama", "gemma3", "gpt2", "opt")],
+        *[(name, r".*(q_proj|c_proj|c_attn)") for name in ("llama", "gemma3", "gpt2", "opt")],
+        ("llama", ("q_proj", "self_attn.v_proj")),
+        ("gpt2", ("c_attn", "mlp.c_proj")),
+    ],
+)
 def test_same_layers_as_peft(name, wanted):
     model = make_model(name)
     ours = set(select_targets(model, wanted))
@@ -33,8 +40,26 @@ def test_conv1d_shape_is_out_in():
 
 
 def test_no_match_lists_the_candidates():
-    with pytest.raises(ModelError, match=r"'query'.*q_proj \(3\), k_proj \(3\)"):
-        select_targets(make_model("llama"), ("query",))
+    with pytest.raises(ModelError, match=r"'quer.'.*q_proj \(3\), k_proj \(3\)"):
+        select_targets(make_model("llama"), "quer.")
+
+
+def test_regular_expression_for_part_of_a_name_is_told_that_it_has_to_match_all():
+    with pytest.raises(ModelError, match=r"it has to match a whole name, as '\.\*\(q_proj\|v_proj\)' does"):
+        select_targets(make_model("llama"), "q_proj|v_proj")
+
+
+@pytest.mark.parametrize("names", [("q_proj", "v_porj"), ("v_porj",)])
+def test_every_name_has_to_match_a_layer(names):
+    with pytest.raises(ModelError, match=r"'v_porj'; there are: q_proj \(3\), k_proj \(3\)"):
+        select_targets(make_model("llama"), names)
+
+
+def test_every_excluded_name_has_to_match_a_module():
+    model = make_model("llama")
+    assert select_targets(model, "all-linear", ("embed_tokens", "lm_head")) == select_targets(model, "all-linear")
+    with pytest.raises(ModelError, match="'lm_hed'"):
+        select_targets(model, "all-linear", ("lm_hed",))
 
 
 def test_bad_regular_expression():
