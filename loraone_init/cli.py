@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    required=True,
     type=click.Path(path_type=Path),
-    help="Where to write: FILE.safetensors, or a PEFT directory.",
+    help="Where to write: FILE.safetensors, or a PEFT directory.  [required, but for --dry-run]",
 )
 @click.option("-r", "--rank", default=8, type=click.IntRange(min=1), help="Columns of B and rows of A.")
 @click.option("--alpha", default=16.0, help="LoRA's α.")
@@ -56,10 +55,15 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "float64"]),
     help="What to compute in; gradients and SVDs are fp32 or better in any case.",
 )
+@click.option(
+    "--max-memory",
+    help="What may be used, such as 8GiB: what is left of it keeps activations instead of computing them twice.",
+)
 @click.option("--seed", default=0, help="Seeds the choice of rows and the SVDs.")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--token", help="Hub token.  [default: HF_TOKEN]")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and what it would take, read no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
@@ -75,22 +79,31 @@ def main(verbose: bool, quiet: bool, **options: Any) -> None:
     \b
       loraone-init demo examples/gsm8k.jsonl -o adapters.safetensors
     """
+    if options["output"] is None and not options["dry_run"]:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     with one_line_errors(verbose):
         _run(verbose, quiet, **options)
 
 
-def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_json: bool, **options: Any) -> None:
+def _run(
+    verbose: bool, quiet: bool, *, model: str, data: str, output: Path | None, as_json: bool, **options: Any
+) -> None:
     from .adapter_files import check_output
     from .data import load_batches
+    from .dry_run import plan, print_plan
     from .errors import ModelError
     from .initialization import initialize
+    from .memory import parse_size, use_one_heap
     from .models import open_model
     from .report import Bars, print_summary, summarize, warn_if_worse
 
     config = _init_config(options)
     data_options = _data_options(options)
-    check_output(output, options["overwrite"])
+    max_memory = parse_size(options["max_memory"]) if options["max_memory"] else None
+    if output is not None:
+        check_output(output, options["overwrite"])
     start_logging(quiet, verbose)
+    use_one_heap()
     with Bars(shown=not (quiet or as_json)) as monitor:
         with monitor.timed("open"):
             opened = open_model(
@@ -101,6 +114,7 @@ def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_
                 device=options["device"],
                 dtype=options["dtype"],
                 block_path=options["block_path"],
+                weights=not options["dry_run"],
             )
         if opened.tokenizer is None:
             raise ModelError(
@@ -108,7 +122,11 @@ def _run(verbose: bool, quiet: bool, *, model: str, data: str, output: Path, as_
             )
         with monitor.timed("data"):
             sample = load_batches(data, opened.tokenizer, data_options, token=options["token"])
-        adapter = initialize(opened, sample, config, monitor=monitor)
+        if options["dry_run"]:
+            print_plan(plan(opened, sample, config), as_json)
+            return
+        assert output is not None
+        adapter = initialize(opened, sample, config, max_memory=max_memory, monitor=monitor)
         with monitor.timed("save"):
             adapter.save(output, overwrite=options["overwrite"])
     summary = summarize(adapter, output, monitor)

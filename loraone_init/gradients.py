@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activations import ActivationBudget
 from .errors import DataError, ModelError, NumericalError
 from .monitor import Monitor
 from .objective import Objective, RowLosses
@@ -100,8 +101,11 @@ def stream_gradients(
     objective: Objective,
     batches: Sequence[Any],
     monitor: Monitor | None = None,
+    budget: ActivationBudget | None = None,
 ) -> tuple[list[RowLosses], Iterator[LayerGradient]]:
     """Losses of all batches, and the gradient of their overall mean for every target layer.
+
+    budget: memory for what the forward computes and the backward needs; without it, that is computed again.
 
     The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
     mode with frozen parameters.
@@ -119,7 +123,7 @@ def stream_gradients(
 
     with monitor.timed("forward"), collector.attached(), objective.active():
         forwards = [partial(objective.forward, batch) for batch in batches]
-        traces = stream_forward(stack, forwards, finish, trained, partial(monitor.step, "forward"))
+        traces = stream_forward(stack, forwards, finish, trained, partial(monitor.step, "forward"), budget)
     ordered = [losses[index] for index in range(len(batches))]
     _, count = check_losses(ordered)
     return ordered, _backward(stack, targets, collector, traces, count, monitor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .activations import ActivationBudget
 from .adapter import Adapter, LayerReport
 from .config import InitConfig
 from .errors import ConfigError, DataError, ModelError, NumericalError
+from .estimate import estimate_memory
 from .evaluation import evaluate_step
 from .factors import LoraPair, spectral_init
 from .gradients import LayerGradient, stream_gradients
+from .memory import describe_size, used_memory
 from .models import OpenModel, open_module
 from .monitor import Monitor
 from .objective import CausalLM, LossFunction, Objective, WholeModel
@@ -25,6 +29,8 @@ from .targets import is_conv1d, layer_shape, select_targets
 if TYPE_CHECKING:
     from .data import Sample
 
+logger = logging.getLogger(__name__)
+
 
 def initialize(
     model: OpenModel | nn.Module,
@@ -32,6 +38,7 @@ def initialize(
     config: InitConfig | None = None,
     *,
     loss: LossFunction | None = None,
+    max_memory: int | None = None,
     monitor: Monitor | None = None,
 ) -> Adapter:
     """The LoRA-One adapter of `model` for `batches`; the model is left as it was.
@@ -40,6 +47,8 @@ def initialize(
     batches: from `load_batches`, or a sequence of batches: mappings with input_ids, attention_mask and labels
              (batch, tokens) for a causal language model, anything that `loss` understands otherwise.
     loss:    loss(model, batch) -> (summed loss, number of terms), for models that are no transformers causal LM.
+    max_memory: bytes that may be used on the device. What is left of them holds activations, which are otherwise
+             computed again in the backward; the adapter is the same, bit for bit.
     monitor: is told of progress and keeps the seconds of each stage.
 
     Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large), DataError (nothing to train on),
@@ -53,13 +62,14 @@ def initialize(
     sample = _describe(batches)
     rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules)
-    _check_rank(targets, config.rank)
+    check_rank(targets, config.rank)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
     objective.check(rows)
+    budget = None if max_memory is None else _activation_budget(opened, targets, rows, max_memory)
     with _frozen(opened.module):
-        losses, gradients = stream_gradients(opened.stack, targets, objective, rows, monitor)
+        losses, gradients = stream_gradients(opened.stack, targets, objective, rows, monitor, budget)
         pairs, layers = _initialize_layers(gradients, config, monitor)
         with monitor.timed("evaluate"):
             report = evaluate_step(
@@ -137,7 +147,20 @@ def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
     return {**record, "options": asdict(record["options"])}
 
 
-def _check_rank(targets: Mapping[str, nn.Module], rank: int) -> None:
+def _activation_budget(
+    opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], max_memory: int
+) -> ActivationBudget:
+    """What `max_memory` leaves beside all else that a run needs."""
+    memory = estimate_memory(opened, targets, batches)
+    left = max_memory - used_memory(opened.device) - memory.to_come
+    if left < memory.inputs:
+        needed = max_memory - left + memory.inputs
+        logger.warning("About %s will be used, more than --max-memory %s", *map(describe_size, (needed, max_memory)))
+    return ActivationBudget(left)
+
+
+def check_rank(targets: Mapping[str, nn.Module], rank: int) -> None:
+    """Raise ConfigError, naming the smallest layer, where the rank is larger than it allows."""
     shapes = {name: layer_shape(module) for name, module in targets.items()}
     name = min(shapes, key=lambda name: min(shapes[name]))
     if rank > min(shapes[name]):

@@ -56,19 +56,21 @@ def open_model(
     device: str = "auto",
     dtype: DType = "auto",
     block_path: str | None = None,
+    weights: bool = True,
 ) -> OpenModel:
     """Open a causal language model: a directory, a hub id, a .gguf file or "demo".
 
     device: "auto" is the first CUDA device, else the CPU.
     dtype:  to compute in; "auto" is float32 on the CPU (bf16 is slower there) and the checkpoint's own on a GPU.
     block_path: name of the module list to stream, for a model whose blocks cannot be found by themselves.
+    weights: False for names and shapes only; such a model cannot be run.
 
     Raises ModelError, in one line, for whatever cannot be opened.
     """
     place = select_device(device)
     source = resolve_model(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source.directory)
-    module, stack = _load(source, checkpoint, place, dtype, trust_remote_code, block_path)
+    module, stack = _load(source, checkpoint, place, dtype, trust_remote_code, block_path, weights)
     return OpenModel(
         module,
         stack,
@@ -113,6 +115,7 @@ def _load(
     dtype: DType,
     trust_remote_code: bool,
     block_path: str | None,
+    weights: bool,
 ) -> tuple[nn.Module, BlockStack]:
     model = _skeleton(source, _select_dtype(dtype, device), trust_remote_code)
     blocks = find_blocks(model, block_path)
@@ -125,10 +128,12 @@ def _load(
     if names is None:
         reason = "the model has code of its own" if trust_remote_code else "its tensors are stored in another form"
         logger.warning("The whole model is held in memory: %s, so blocks cannot be read one by one", reason)
-        model = _load_whole(source, model.dtype, trust_remote_code).to(device)
+        if weights:
+            model = _load_whole(source, model.dtype, trust_remote_code).to(device)
         return model, BlockStack(model, blocks, ResidentStore())
     store = DiskStore(model, checkpoint, names, device)
-    _load_rest(model, blocks, names, store, device)
+    if weights:
+        _load_rest(model, blocks, names, store, device)
     return model, BlockStack(model, blocks, store)
 
 

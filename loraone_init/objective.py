@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax
 
 from .encoding import IGNORED
 from .errors import ConfigError, DataError
@@ -110,20 +110,40 @@ class CausalLM:
         target = labels[row, position]
         source = features.logits if self._decoder is None else _hidden_states(features)
         leaf = source.detach().requires_grad_(backward)
-        losses = []
-        for chunk in torch.arange(len(row)).split(self._chunk_length()):
-            with torch.set_grad_enabled(backward):
-                states = leaf[row[chunk], position[chunk]][None]
-                logits = states if self._decoder is None else self._head(features, states)
-                loss = cross_entropy(_at_least_fp32(logits[0]), target[chunk], reduction="none")
-            if backward and loss.requires_grad:
-                loss.sum().backward()
-            losses.append(loss.detach())
+        losses = [
+            self._finish_chunk(features, leaf, row[chunk], position[chunk], target[chunk], backward)
+            for chunk in torch.arange(len(row)).split(self._chunk_length())
+        ]
         if backward and source.requires_grad and leaf.grad is not None:
             torch.autograd.backward(source, leaf.grad, retain_graph=True)
         sums = torch.zeros(len(labels), dtype=torch.float64)
         sums.index_add_(0, row.cpu(), torch.cat(losses).cpu().double())
         return RowLosses(sums, torch.bincount(row.cpu(), minlength=len(labels)).double())
+
+    def _finish_chunk(
+        self,
+        features: Any,
+        leaf: torch.Tensor,
+        row: torch.Tensor,
+        position: torch.Tensor,
+        target: torch.Tensor,
+        backward: bool,
+    ) -> torch.Tensor:
+        """Cross entropies (n,) where `target` (n,) follows leaf[row, position]; with `backward`, their sum's gradient.
+
+        That is softmax - onehot with respect to the logits, made in the place of their logarithms: two buffers of
+        logits are alive, not the four of cross_entropy and its backward.
+        """
+        with torch.set_grad_enabled(backward):
+            states = leaf[row, position][None]
+            logits = states if self._decoder is None else self._head(features, states)
+        log_p = log_softmax(_at_least_fp32(logits.detach()[0]), dim=-1)
+        loss = -log_p.gather(1, target[:, None])[:, 0]
+        if backward and logits.requires_grad:
+            gradient = log_p.exp_()
+            gradient[torch.arange(len(target), device=target.device), target] -= 1.0
+            logits.backward(gradient[None].to(logits.dtype))
+        return loss
 
     def _leave_with_output(self, *args: Any, **kwargs: Any) -> Any:
         assert self._original is not None

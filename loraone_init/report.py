@@ -19,7 +19,9 @@ from rich.text import Text
 
 from .adapter import Adapter, LossReport
 from .adapter_files import DIRECTORY_FILES, is_single_file
+from .memory import describe_size, peak_memory
 from .monitor import Monitor, Stage
+from .trainers import lines_for_trainers
 
 
 class Bars(Monitor):
@@ -78,7 +80,8 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor) -> dict[str, Any
         "sample": dict(adapter.sample),
         "loss": asdict(adapter.loss),
         "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory(),
+        "trainers": lines_for_trainers(adapter.base.get("name"), output),
         "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     }
 
@@ -102,16 +105,6 @@ def warn_if_worse(loss: LossReport, gamma: float) -> None:
     Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
 
 
-def peak_memory_bytes() -> int | None:
-    """Peak resident memory of this process; None on Windows, whose Python does not tell."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _print_table(summary: Mapping[str, Any]) -> None:
     sample = summary["sample"]
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -120,7 +113,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     for label, value in (
         ("base", str(summary["base"])),
         ("layers", f"{summary['layers']} of rank {summary['rank']}, {summary['parameters']:,} parameters"),
-        ("data", _describe_sample(sample)),
+        ("data", describe_sample(sample)),
         (
             "captured energy",
             f"{summary['captured_energy_min']:.1%} min, {summary['captured_energy_median']:.1%} median",
@@ -128,38 +121,46 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         ("SVD accuracy", _describe_accuracy(summary)),
         ("loss", _describe_loss(summary["loss"])),
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
-        ("peak memory", _mebibytes(summary["peak_memory_bytes"])),
+        ("peak memory", _describe_peak(summary)),
         ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
     ):
         table.add_row(label, Text(value))
     odd = summary["layers_not_spectral"]
     if odd:
-        text = f"{_count(len(odd), 'layer')} with a gradient of lower rank, or none, such as {next(iter(odd))}"
+        text = f"{count(len(odd), 'layer')} with a gradient of lower rank, or none, such as {next(iter(odd))}"
         table.add_row("standard rows", Text(text))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for trainer, lines in summary["trainers"].items():
+        console.print(f"\n[bold]{trainer}[/bold]")
+        console.print(lines, markup=False, highlight=False, soft_wrap=True)
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """1 row, 2 rows."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def _mebibytes(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / 2**20:,.0f} MiB"
+def _describe_peak(summary: Mapping[str, Any]) -> str:
+    peak, device = summary["peak_memory_bytes"], summary["peak_device_memory_bytes"]
+    text = "unknown" if peak is None else describe_size(peak)
+    return text if device is None else f"{text}, {describe_size(device)} on the device"
 
 
-def _describe_sample(sample: Mapping[str, Any]) -> str:
+def describe_sample(sample: Mapping[str, Any]) -> str:
+    """Rows and tokens, and what was left out of them."""
     used, available = sample["rows_used"], sample["rows_available"]
-    rows = f"all {_count(used, 'row')}" if used == available else f"{used} of {_count(available, 'row')}"
+    rows = f"all {count(used, 'row')}" if used == available else f"{used} of {count(available, 'row')}"
     text = f"{rows} ({sample['format']}), {sample['num_tokens']:,} tokens, {sample['num_label_tokens']:,} trained on"
     for key, what in (("rows_truncated", "truncated"), ("rows_dropped", "dropped without a trainable token")):
         if sample[key]:
-            text += f", {_count(sample[key], 'row')} {what}"
+            text += f", {count(sample[key], 'row')} {what}"
     return text
 
 
 def _describe_loss(loss: Mapping[str, Any]) -> str:
     after = "not finite" if loss["after"] is None else f"{loss['after']:.4f}"
-    rows = _count(loss["rows"], "row")
+    rows = count(loss["rows"], "row")
     return f"{loss['before']:.4f} → {after} on {rows} of those the gradient is from ({loss['sample']:.4f} on all)"
 
 

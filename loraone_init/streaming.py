@@ -3,9 +3,10 @@
 The model's own forward runs once for each micro-batch, so that masks, positions and all glue between the blocks are
 the model's. A block's call is intercepted: the driver computes it from detached inputs, which it keeps, and answers
 with detached outputs. What remains between the blocks is a small autograd graph of glue for each micro-batch, whose
-leaves are the blocks' outputs. Backward goes through the blocks in reverse: recompute from the kept inputs,
-back-propagate the outputs' `.grad`, hand the inputs' gradients to the glue, where they add up in the `.grad` of the
-earlier outputs. Tensors that several blocks share (an encoder's output, a position bias) need nothing special.
+leaves are the blocks' outputs. Backward goes through the blocks in reverse: compute again from the kept inputs (unless
+memory allowed to keep the forward's graph), back-propagate the outputs' `.grad`, hand the inputs' gradients to the
+glue, where they add up in the `.grad` of the earlier outputs. Tensors that several blocks share (an encoder's output,
+a position bias) need nothing special.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .activations import ActivationBudget, HeldBytes
 from .coroutines import Coroutine, pause
 from .errors import ModelError
+from .memory import release_free_memory
 from .patching import replaced_forward
 from .stores import WeightStore
 
@@ -42,6 +45,7 @@ class BlockCall:
     args, kwargs: inputs, every floating tensor a detached leaf.
     sources:      (tensor in the glue graph, its leaf) where a gradient has to go further back.
     outputs:      the floating output tensors, as leaves; the glue fills their `.grad`.
+    graph:        what the block returned, with its autograd graph, if that is kept; None: it is computed again.
     """
 
     block: int
@@ -49,6 +53,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     sources: list[tuple[torch.Tensor, torch.Tensor]]
     outputs: list[torch.Tensor]
+    graph: Any = None
 
 
 @dataclass
@@ -76,6 +81,9 @@ class BlockStack:
                 stack.enter_context(replaced_forward(module, partial(_request_block, index)))
             yield
 
+    def module(self, block: int) -> nn.Module:
+        return self._modules[block]
+
     def run(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The block's own forward."""
         return self._forwards[block](*args, **kwargs)
@@ -91,6 +99,7 @@ def stream_forward(
     finish: Callable[[int, Any], None],
     trained: frozenset[int] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    budget: ActivationBudget | None = None,
 ) -> list[Trace]:
     """Run each of `forwards` (one for each micro-batch), all of them through a block before the next block.
 
@@ -98,6 +107,7 @@ def stream_forward(
     trained:           the blocks that contain target layers; calls from the first of them on are kept. None: a plain
                        forward without gradients, in which nothing is kept.
     on_step:           told the number of block calls that are done, and the number of blocks.
+    budget:            for graphs that are kept for the backward; None keeps none.
 
     Raises ModelError where micro-batches call different blocks, or a block changes its inputs in place.
     """
@@ -109,10 +119,13 @@ def stream_forward(
             done = 0
             while (requests := _advance(coroutines, replies, finish)) is not None:
                 block = _common_block(stack, requests)
+                if not done and budget is not None:
+                    budget.reserve(len(stack.names) * sum(map(_input_bytes, requests)))
                 with stack.store.loaded(stack.names[block]):
                     for index, request in enumerate(requests):
-                        replies[index] = _forward_block(stack, request, traces[index], trained)
+                        replies[index] = _forward_block(stack, request, traces[index], trained, budget)
                         requests[index] = None  # its inputs are kept in the trace, if at all
+                release_free_memory()
                 done += 1
                 on_step(done, len(stack.names))
     finally:
@@ -158,26 +171,57 @@ def _common_block(stack: BlockStack, requests: Sequence[BlockRequest | None]) ->
 
 
 def _forward_block(
-    stack: BlockStack, request: BlockRequest | None, trace: Trace, trained: frozenset[int] | None
+    stack: BlockStack,
+    request: BlockRequest | None,
+    trace: Trace,
+    trained: frozenset[int] | None,
+    budget: ActivationBudget | None,
 ) -> Any:
-    """Compute a block without a graph; keep the call if its backward is needed; the outputs, detached."""
+    """Compute a block; keep the call if its backward is needed, with its graph if that fits; the outputs, detached."""
     assert request is not None
     inputs, spec = pytree.tree_flatten((request.args, request.kwargs))
-    versions = [_version(tensor) for tensor in inputs]
-    with torch.no_grad():
-        outputs = stack.run(request.block, request.args, request.kwargs)
-    if versions != [_version(tensor) for tensor in inputs]:
-        raise ModelError(f"block {stack.names[request.block]} changes its inputs in place; it cannot be recomputed")
     needs_grad = trained is not None and (request.block in trained or any(map(_requires_grad, inputs)))
+    leaves = [_leaf(value, _requires_grad(value)) for value in inputs]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    versions = [_version(tensor) for tensor in inputs]
+    graph = None
+    if needs_grad and budget is not None and budget.allows(_input_bytes(request)):
+        outputs, graph = _with_graph(stack, request.block, args, kwargs, budget, _input_bytes(request))
+    else:
+        with torch.no_grad():
+            outputs = stack.run(request.block, args, kwargs)
+    if versions != [_version(tensor) for tensor in inputs]:
+        raise _changes_inputs(stack.names[request.block])
     flat, out_spec = pytree.tree_flatten(outputs)
     flat = [_leaf(value, needs_grad) for value in flat]
     if needs_grad:
-        leaves = [_leaf(value, _requires_grad(value)) for value in inputs]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
         sources = [(value, leaf) for value, leaf in zip(inputs, leaves, strict=True) if _requires_grad(value)]
         outs = [value for value in flat if _requires_grad(value)]
-        trace.calls.append(BlockCall(request.block, args, kwargs, sources, outs))
+        trace.calls.append(BlockCall(request.block, args, kwargs, sources, outs, graph))
     return pytree.tree_unflatten(flat, out_spec)
+
+
+def _with_graph(
+    stack: BlockStack, block: int, args: tuple[Any, ...], kwargs: dict[str, Any], budget: ActivationBudget, size: int
+) -> tuple[Any, Any]:
+    """What the block returns, twice: plain, and with its graph, or None if that turns out not to fit.
+
+    size: of the block's input, in bytes.
+    """
+    held = HeldBytes()
+    try:
+        with torch.enable_grad(), held.counted(stack.module(block)):
+            outputs = stack.run(block, args, kwargs)
+    except RuntimeError as error:
+        if "in-place operation" in str(error):
+            raise _changes_inputs(stack.names[block]) from error
+        raise
+    plain = pytree.tree_map(partial(_leaf, requires_grad=False), outputs)
+    return plain, outputs if budget.take(held.total, size) else None
+
+
+def _changes_inputs(block: str) -> ModelError:
+    return ModelError(f"block {block} changes its inputs in place; it cannot be computed again")
 
 
 def stream_backward(stack: BlockStack, traces: Sequence[Trace]) -> Iterator[int]:
@@ -192,13 +236,16 @@ def stream_backward(stack: BlockStack, traces: Sequence[Trace]) -> Iterator[int]
         with stack.store.loaded(stack.names[block]):
             for trace in traces:
                 _backward_block(stack, trace.calls.pop())
+        release_free_memory()
         if block not in order[:step]:  # a block that is used again earlier is not done yet
             yield block
 
 
 def _backward_block(stack: BlockStack, call: BlockCall) -> None:
-    with torch.enable_grad():
-        outputs = stack.run(call.block, call.args, call.kwargs)
+    outputs = call.graph
+    if outputs is None:
+        with torch.enable_grad():
+            outputs = stack.run(call.block, call.args, call.kwargs)
     tensors = [value for value in pytree.tree_leaves(outputs) if _is_floating(value)]
     pairs = [
         (tensor, leaf.grad)
@@ -211,6 +258,16 @@ def _backward_block(stack: BlockStack, call: BlockCall) -> None:
         if leaf.grad is not None:
             # Retained: blocks that share a source pass through the same glue, one after the other.
             torch.autograd.backward(source, leaf.grad, retain_graph=True)
+
+
+def _input_bytes(request: BlockRequest | None) -> int:
+    """Of the floating tensors that a call takes, each storage once."""
+    tensors = (
+        [value for value in pytree.tree_leaves((request.args, request.kwargs)) if _is_floating(value)]
+        if request
+        else []
+    )
+    return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def _leaf(value: Any, requires_grad: bool) -> Any:

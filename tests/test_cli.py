@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -141,7 +143,15 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
     assert set(found) == {
         *("output", "output_bytes", "base", "layers", "parameters", "rank", "alpha", "gamma", "scaling"),
         *("captured_energy_min", "captured_energy_median", "largest_sine", "layers_without_gap"),
-        *("layers_not_spectral", "sample", "loss", "seconds", "peak_memory_bytes", "peak_device_memory_bytes"),
+        *(
+            "layers_not_spectral",
+            "sample",
+            "loss",
+            "seconds",
+            "peak_memory_bytes",
+            "peak_device_memory_bytes",
+            "trainers",
+        ),
     }
     assert (found["output"], found["output_bytes"]) == (str(output), output.stat().st_size)
     assert (found["layers"], found["parameters"]) == (len(adapter.pairs), adapter.num_parameters)
@@ -149,6 +159,30 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
     assert found["loss"]["before"] == adapter.loss.before > adapter.loss.after == found["loss"]["after"]
     assert found["base"] == str(tiny_model.resolve())
     assert found["sample"]["sha256"] == adapter.sample["sha256"]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "lora"])
+def test_lines_for_trainers(name: str, command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> None:
+    """They name base and adapter; for a single file there is one that makes the directory they need, and it works."""
+    lines = figures(command(tiny_model, tiny_data, "-o", out / name, "--json"))["trainers"]
+    directory = str(out / "lora") if name == "lora" else "lora-dir"
+    assert list(lines)[-4:] == ["PEFT, TRL", "Axolotl", "LLaMA-Factory", "ms-swift"]
+    assert all(str(tiny_model) in lines[trainer] and directory in lines[trainer] for trainer in list(lines)[-4:])
+    assert ("As a directory" in lines) == (name == "a.safetensors")
+    if name == "a.safetensors":
+        program, flag, code = shlex.split(lines["As a directory"])
+        assert (program, flag) == ("python", "-c")
+        subprocess.run([sys.executable, flag, code], cwd=out, check=True, timeout=120)
+        assert (out / "lora-dir" / "adapter_config.json").is_file()
+
+
+def test_lines_for_peft_run(command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> None:
+    """They are what the README shows, and train all factors."""
+    lines = figures(command(tiny_model, tiny_data, "-o", out / "lora", "--json"))["trainers"]["PEFT, TRL"]
+    names: dict[str, Any] = {}
+    exec("from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n" + lines, names)
+    trainable = [name for name, parameter in names["model"].named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * 21
 
 
 def test_json_from_a_process_of_its_own(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:

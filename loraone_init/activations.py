@@ -1,0 +1,69 @@
+"""What a block's forward computed, kept for its backward while memory allows, so that it is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class ActivationBudget:
+    """Decides which calls of blocks keep their graph, by the bytes that graphs hold.
+
+    limit: bytes for all graphs, and for the inputs that are kept with or without them.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+        self._ratio = 0.0  # bytes that a graph holds for each byte of the call's input, the most seen
+
+    def reserve(self, size: int) -> None:
+        """Set `size` bytes aside for something else."""
+        self.left -= size
+
+    def allows(self, input_bytes: int) -> bool:
+        """Whether the graph of a call will fit, by what earlier ones took. The first call finds out."""
+        return self.left > 0 and self._ratio * input_bytes <= self.left
+
+    def take(self, held: int, input_bytes: int) -> bool:
+        """Whether a graph that holds so many bytes fits after all; if so, they are taken."""
+        self._ratio = max(self._ratio, held / max(1, input_bytes))
+        fits = held <= self.left
+        self.left -= held if fits else 0
+        return fits
+
+
+class HeldBytes:
+    """Counts what the graph made inside of `counted` holds: all that backward needs, but for the block's weights.
+
+    Of those it holds only where to find them, so that a store may drop them in between.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    @contextmanager
+    def counted(self, block: nn.Module) -> Iterator[None]:
+        """Around the forward of `block`."""
+        weights = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in block.named_parameters()}
+        held: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> Any:
+            place = tensor.untyped_storage().data_ptr()
+            if place in weights:
+                return weights[place][0], tensor.shape, tensor.stride(), tensor.storage_offset()
+            held[place] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        def unpack(packed: Any) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            name, *view = packed
+            return block.get_parameter(name).as_strided(*view)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+        self.total = sum(held.values())

@@ -1,0 +1,86 @@
+"""What a run would do and need, without doing it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .config import InitConfig
+from .data import Sample
+from .estimate import estimate_memory, estimate_seconds
+from .initialization import check_rank
+from .memory import describe_size, used_memory
+from .models import OpenModel
+from .report import count, describe_sample
+from .stores import DiskStore
+from .targets import layer_shape, select_targets
+
+
+def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any]:
+    """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would."""
+    targets = select_targets(opened.module, config.target_modules, config.exclude_modules)
+    check_rank(targets, config.rank)
+    kinds = Counter((name.rpartition(".")[2], layer_shape(module)) for name, module in targets.items())
+    memory = estimate_memory(opened, targets, sample.batches)
+    program = used_memory(opened.device)
+    return {
+        "base": opened.name,
+        "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
+        "rank": config.rank,
+        "parameters": sum(config.rank * sum(layer_shape(module)) for module in targets.values()),
+        "sample": {key: value for key, value in asdict(sample).items() if key != "batches"},
+        "device": str(opened.device),
+        "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
+        "placement": "disk" if isinstance(opened.stack.store, DiskStore) else "device",
+        "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
+        "seconds": round(estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens), 1),
+    }
+
+
+def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
+    """JSON on standard output, or a table."""
+    if as_json:
+        print(json.dumps(content, indent=2, allow_nan=False))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    memory = content["memory_bytes"]
+    parts = {
+        "program": "program",
+        "outside": "embeddings and head",
+        "block": "a block",
+        "gradients": "its gradients",
+        "inputs": "inputs of all blocks",
+        "working": "a micro-batch",
+    }
+    for label, value in (
+        ("base", str(content["base"])),
+        ("layers", f"{sum(kind['count'] for kind in content['layers'])} of rank {content['rank']}"),
+        *[
+            ("", f"{kind['count']} × {kind['name']} {kind['shape'][0]}×{kind['shape'][1]}")
+            for kind in content["layers"]
+        ],
+        ("parameters", f"{content['parameters']:,}"),
+        ("data", describe_sample(content["sample"])),
+        ("computed in", f"{content['dtype']} on {content['device']}"),
+        ("placement", _PLACEMENTS[content["placement"]]),
+        ("memory", f"about {describe_size(memory['total'])}"),
+        *[("", f"{describe_size(memory[key])} {what}") for key, what in parts.items()],
+        ("time", f"about {count(max(1, round(content['seconds'])), 'second')}, by this machine's matrix rate now"),
+    ):
+        table.add_row(label, Text(value))
+    Console().print(table)
+
+
+_PLACEMENTS = {
+    "disk": "blocks are read from the checkpoint when they are needed",
+    "device": "the whole model is held in memory",
+}

@@ -1,0 +1,87 @@
+"""What memory the process has, and how to have less of it."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from functools import cache
+
+import torch
+
+from .errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "K": 1000,
+    "M": 1000**2,
+    "G": 1000**3,
+    "T": 1000**4,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+_ARENA_MAX = -8  # glibc's M_ARENA_MAX
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8GiB", "8GB", "512M" or "1000000". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(f"{text!r} is no amount of memory; give one such as 8GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def describe_size(size: int) -> str:
+    """1,234 MiB, or 12.3 GiB from 10 GiB on."""
+    return f"{size / 2**20:,.0f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes in use: allocated on a CUDA device, else resident memory of this process (its peak where only that can be
+    had, 0 where nothing).
+    """
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+    except OSError:
+        return peak_memory() or 0
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def peak_memory() -> int | None:
+    """Peak resident memory of this process in bytes; None on Windows, whose Python does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def use_one_heap() -> None:
+    """Have all threads allocate from one heap, before there are any: glibc gives each its own, which fragment apart.
+
+    For commands; a library must not decide this for its process. Nothing happens where there is no glibc.
+    """
+    if libc := _glibc():
+        libc.mallopt(_ARENA_MAX, 1)
+
+
+def release_free_memory() -> None:
+    """Give memory that was freed back to the system: glibc keeps it, in pieces that the next block may not fit into."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None

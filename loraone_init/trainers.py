@@ -1,0 +1,32 @@
+"""Lines for the configuration of common trainers that make them go on from an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .adapter_files import is_single_file
+
+_DIRECTORY = "lora-dir"
+
+
+def lines_for_trainers(base: str | None, output: Path) -> dict[str, str]:
+    """Ready to paste, by trainer. All read a PEFT directory: for a single file, the first says how to make one of it.
+
+    By the trainers' own documentation: Axolotl's lora_model_dir, LLaMA-Factory's adapter_name_or_path, ms-swift's
+    --adapters.
+    """
+    model, single = base or "MODEL", is_single_file(output)
+    directory = _DIRECTORY if single else str(output)
+    lines = {
+        "PEFT, TRL": (
+            f'base = AutoModelForCausalLM.from_pretrained("{model}")\n'
+            f'model = PeftModel.from_pretrained(base, "{directory}", is_trainable=True)'
+        ),
+        "Axolotl": f"base_model: {model}\nadapter: lora\nlora_model_dir: {directory}",
+        "LLaMA-Factory": f"model_name_or_path: {model}\nfinetuning_type: lora\nadapter_name_or_path: {directory}",
+        "ms-swift": f"swift sft --model {model} --adapters {directory}",
+    }
+    if not single:
+        return lines
+    convert = f"from loraone_init import Adapter; Adapter.load('{output}').save('{_DIRECTORY}')"
+    return {"As a directory": f'python -c "{convert}"', **lines}
