@@ -93,7 +93,7 @@ def _run(
     from .dry_run import plan, print_plan
     from .errors import ModelError
     from .initialization import initialize
-    from .memory import parse_size, use_one_heap
+    from .memory import parse_size
     from .models import open_model
     from .report import Bars, print_summary, summarize, warn_if_worse
 
@@ -103,7 +103,6 @@ def _run(
     if output is not None:
         check_output(output, options["overwrite"])
     start_logging(quiet, verbose)
-    use_one_heap()
     with Bars(shown=not (quiet or as_json)) as monitor:
         with monitor.timed("open"):
             opened = open_model(

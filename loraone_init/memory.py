@@ -1,11 +1,9 @@
-"""What memory the process has, and how to have less of it."""
+"""How much memory the process uses, and how users write such amounts."""
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
-from functools import cache
 
 import torch
 
@@ -22,7 +20,6 @@ _UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
-_ARENA_MAX = -8  # glibc's M_ARENA_MAX
 
 
 def parse_size(text: str) -> int:
@@ -62,26 +59,3 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def use_one_heap() -> None:
-    """Have all threads allocate from one heap, before there are any: glibc gives each its own, which fragment apart.
-
-    For commands; a library must not decide this for its process. Nothing happens where there is no glibc.
-    """
-    if libc := _glibc():
-        libc.mallopt(_ARENA_MAX, 1)
-
-
-def release_free_memory() -> None:
-    """Give memory that was freed back to the system: glibc keeps it, in pieces that the next block may not fit into."""
-    if libc := _glibc():
-        libc.malloc_trim(0)
-
-
-@cache
-def _glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None

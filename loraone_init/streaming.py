@@ -24,7 +24,6 @@ from torch.utils import _pytree as pytree
 from .activations import ActivationBudget, HeldBytes
 from .coroutines import Coroutine, pause
 from .errors import ModelError
-from .memory import release_free_memory
 from .patching import replaced_forward
 from .stores import WeightStore
 
@@ -125,7 +124,6 @@ def stream_forward(
                     for index, request in enumerate(requests):
                         replies[index] = _forward_block(stack, request, traces[index], trained, budget)
                         requests[index] = None  # its inputs are kept in the trace, if at all
-                release_free_memory()
                 done += 1
                 on_step(done, len(stack.names))
     finally:
@@ -236,7 +234,6 @@ def stream_backward(stack: BlockStack, traces: Sequence[Trace]) -> Iterator[int]
         with stack.store.loaded(stack.names[block]):
             for trace in traces:
                 _backward_block(stack, trace.calls.pop())
-        release_free_memory()
         if block not in order[:step]:  # a block that is used again earlier is not done yet
             yield block
 
