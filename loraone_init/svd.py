@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, NumericalError
+from .precision import full_precision
 
 Method = Literal["exact", "randomized"]
 
@@ -77,7 +76,7 @@ def truncated_svd(
     Raises ConfigError for an impossible matrix, rank or oversample, NumericalError if G is not finite.
     """
     _check_arguments(G, rank, oversample)
-    with torch.no_grad(), _full_precision(G.device):
+    with torch.no_grad(), full_precision(G.device):
         G, scale = _normalise(G.to(torch.float64 if G.dtype == torch.float64 else torch.float32))
         if scale == 0.0:
             U, Vh = (G.new_zeros(shape).fill_diagonal_(1.0) for shape in ((len(G), rank), (rank, G.shape[1])))
@@ -259,16 +258,3 @@ def _check_arguments(G: Tensor, rank: int, oversample: int) -> None:
         raise ConfigError(f"rank must be 1 to {min(G.shape)} for a matrix of shape {tuple(G.shape)}, got {rank}")
     if oversample < 1:
         raise ConfigError(f"oversample must be at least 1, got {oversample}")
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Matrix products in the precision of their operands: TF32, its CPU counterpart and autocast are off inside."""
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = cuda.fp32_precision, cpu.fp32_precision
-    try:
-        cuda.fp32_precision = cpu.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        cuda.fp32_precision, cpu.fp32_precision = before
