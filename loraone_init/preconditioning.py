@@ -40,7 +40,7 @@ Side = Literal["A", "B"]
 Gradients = tuple[Tensor | None, Tensor | None]
 
 _MIN_PIVOT = 100.0  # in units of ε times the largest diagonal entry: a smaller pivot has less than about 1 % accuracy
-_CACHED = 2**17  # elements of a batch on the CPU: it stays in the cache, and fresh memory is not asked for at each step
+_CACHED = 2**18  # elements of a batch on the CPU: it stays in the cache, and fresh memory is not asked for at each step
 _NARROW = 16  # on the CPU, products with fewer columns run at a fraction of the speed
 
 

@@ -39,6 +39,7 @@ def adapter_of(pairs, preconditioner=DEFAULT_PRECONDITIONER):
         InitConfig(rank=4),
         dict.fromkeys(pairs, report),
         LossReport(1.0, 1, 1.0, 0.9),
+        task_type=None,
         preconditioner=preconditioner,
     )
 
