@@ -14,7 +14,8 @@ from torch.optim.optimizer import ParamsT
 from .adapter import DEFAULT_PRECONDITIONER, Adapter, Preconditioner
 from .errors import ConfigError
 from .pairing import PairSource, check_held, find_pairs
-from .preconditioning import Gradients, precondition_pairs
+from .preconditioning import precondition_pairs
+from .stacking import Gradients
 
 # Bare, without the hooks that torch wraps around the step of a class when it is first used: ours has its own.
 _adamw_step = inspect.unwrap(torch.optim.AdamW.step)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .errors import ConfigError
 from .factors import LoraPair
-from .preconditioning import FactorPair
+from .stacking import FactorPair
 
 PairSource = Adapter | nn.Module | Mapping[str, LoraPair] | Iterable[FactorPair]
 

@@ -14,7 +14,8 @@ from loraone_init import Adapter, InitConfig, LoraPair, PreconditionedAdamW
 from loraone_init.adapter import DEFAULT_PRECONDITIONER, LayerReport, LossReport, Preconditioner
 from loraone_init.errors import AdapterError, ConfigError
 from loraone_init.pairing import peft_pairs
-from loraone_init.preconditioning import FactorPair, precondition
+from loraone_init.preconditioning import precondition
+from loraone_init.stacking import FactorPair
 
 FP32 = 1e-5
 """The same products in another order, of well-conditioned factors."""

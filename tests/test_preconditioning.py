@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from loraone_init.errors import ConfigError, LoraOneError, NumericalError
-from loraone_init.preconditioning import FactorPair, precondition, precondition_pairs
+from loraone_init.preconditioning import precondition, precondition_pairs
+from loraone_init.stacking import FactorPair
 
 FP64 = 1e-10
 """An inverse of condition number up to about 1e4 in fp64."""
