@@ -100,6 +100,12 @@ def test_only_the_scale_free_form_ignores_the_factors_size(kind, invariant):
     assert all(torch.allclose(x, y, rtol=1e-9, atol=0) == invariant for x, y in zip(small, large, strict=True))
 
 
+def test_the_scale_free_form_of_a_factor_whose_gram_matrix_underflows_in_fp32():
+    A, B, grad_A, grad_B = random_pair(dtype=torch.float32)
+    case = A, B * 1e-21, grad_A, grad_B
+    assert_close(precondition(*case, 0.1, "scale-free"), closed_form(*case, 0.1, "scale-free"), FP32)
+
+
 def test_large_damping_is_plain_gradient_descent():
     """(Gram + λI)⁻¹ → I/λ."""
     A, B, grad_A, grad_B = random_pair()
