@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .factors import LoraPair, spectral_init
     from .initialization import initialize
     from .models import open_model
+    from .optim import PreconditionedAdamW
     from .svd import truncated_svd
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "InitConfig": "config",
     "LoraOneError": "errors",
     "LoraPair": "factors",
+    "PreconditionedAdamW": "optim",
     "initialize": "initialization",
     "load_batches": "data",
     "open_model": "models",
@@ -40,6 +42,7 @@ __all__ = [
     "InitConfig",
     "LoraOneError",
     "LoraPair",
+    "PreconditionedAdamW",
     "__version__",
     "initialize",
     "load_batches",

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import InitConfig
-from .errors import AdapterError
+from .errors import AdapterError, ConfigError
 from .factors import LoraPair
+from .preconditioning import Kind, check_damping
 from .version import __version__
 
 FORMAT_VERSION = "1"
@@ -60,14 +61,25 @@ class LossReport:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """What a preconditioned trainer should use: g_A ← (BᵀB + λI)⁻¹ g_A and g_B ← g_B (AAᵀ + λI)⁻¹, λ = damping.
+    """What a preconditioned trainer should use.
 
+    kind, damping:
+        "absolute":   g_A ← (BᵀB + λI)⁻¹·g_A                and g_B ← g_B·(AAᵀ + λI)⁻¹, λ = damping.
+        "scale-free": g_A ← (BᵀB/(tr(BᵀB)/r) + δI)⁻¹·g_A    and g_B likewise with AAᵀ,  δ = damping.
     order: both from the factors before the step, applied to the gradients before Adam's moments.
+
+    Raises ConfigError for an unknown kind, or a damping that is negative or not finite.
     """
 
-    kind: Literal["absolute"] = "absolute"
-    damping: float = 1e-6
+    kind: Kind
+    damping: float
     order: Literal["simultaneous, before the moments"] = "simultaneous, before the moments"
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping, self.kind)
+
+
+DEFAULT_PRECONDITIONER = Preconditioner("absolute", 1e-6)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Adapter:
     sample: Mapping[str, Any] = field(default_factory=dict)
     task_type: str | None = "CAUSAL_LM"
     fan_in_fan_out: bool = False
-    preconditioner: Preconditioner = Preconditioner()
+    preconditioner: Preconditioner = DEFAULT_PRECONDITIONER
 
     @property
     def num_parameters(self) -> int:
@@ -175,7 +187,7 @@ def parse_metadata(pairs: Mapping[str, LoraPair], metadata: Mapping[str, str]) -
             fan_in_fan_out=peft["fan_in_fan_out"],
             preconditioner=Preconditioner(**record["preconditioner"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraone_init import svd
 from loraone_init.errors import ConfigError, NumericalError
+from loraone_init.precision import full_precision
 from loraone_init.svd import MIN_GAP, TruncatedSVD, layer_generator, truncated_svd
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -448,7 +449,7 @@ def test_reduced_matrix_product_precision_is_off_inside_and_restored_after_an_er
     cuda = torch.backends.cuda.matmul
 
     def interrupted() -> None:
-        with svd._full_precision(torch.device("cpu")):
+        with full_precision(torch.device("cpu")):
             assert cuda.fp32_precision == "ieee"
             raise KeyError
 
