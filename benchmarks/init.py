@@ -64,6 +64,18 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print_table(result)
+    print(f"\n{markdown(result)}")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = ["| rows | | wall | peak memory | ours / this, wall | ours / this, memory |", "|---|---|---|---|---|---|"]
+    for rows, case in result["cases"].items():
+        ours = case["ours"]
+        for name, summary in case.items():
+            ratios = f"{ours['seconds'] / summary['seconds']:.2f} | {ours['peak_mb'] / summary['peak_mb']:.2f}"
+            lines.append(f"| {rows} | {name} | {summary['seconds']:.1f} s | {summary['peak_mb']:,.0f} MB | {ratios} |")
+    return "\n".join(lines)
 
 
 def commands_for(rows: int, model: Path, data: Path, work: Path, published: bool) -> dict[str, list[str]]:

@@ -88,6 +88,7 @@ class Adapter:
 
     base:   what the model is called: directory or hub id, revision, fingerprint, dtype computed in.
     sample: the data: source, format, rows, tokens, fingerprint, options.
+    training: what `loraone-train` did to the factors since; None for a starting point.
     """
 
     pairs: Mapping[str, LoraPair]
@@ -99,6 +100,7 @@ class Adapter:
     task_type: str | None = "CAUSAL_LM"
     fan_in_fan_out: bool = False
     preconditioner: Preconditioner = DEFAULT_PRECONDITIONER
+    training: Mapping[str, Any] | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -154,6 +156,7 @@ class Adapter:
             "loss": asdict(self.loss),
             "preconditioner": asdict(self.preconditioner),
             "layers": {name: asdict(report) for name, report in self.layers.items()},
+            "training": None if self.training is None else dict(self.training),
         }
         return {
             "format": "pt",
@@ -186,6 +189,7 @@ def parse_metadata(pairs: Mapping[str, LoraPair], metadata: Mapping[str, str]) -
             task_type=peft["task_type"],
             fan_in_fan_out=peft["fan_in_fan_out"],
             preconditioner=Preconditioner(**record["preconditioner"]),
+            training=record["training"],
         )
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"its metadata cannot be understood ({error!r})") from error

@@ -38,7 +38,12 @@ if TYPE_CHECKING:
 @click.option("--exclude-modules", help="Names or a regular expression of layers to leave out.")
 @click.option("--samples", default=64, type=click.IntRange(min=1), help="Rows to draw from the data.")
 @click.option("--max-length", default=1024, type=click.IntRange(min=2), help="Tokens kept of a row.")
-@click.option("--batch-size", default=8, type=click.IntRange(min=1), help="Rows that pass a block together.")
+@click.option("--batch-size", default=8, type=click.IntRange(min=1), help="Rows that pass a block together, at most.")
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    help="Their tokens, at most.  [default: 512 on a CPU, 8192 on a GPU]",
+)
 @click.option("--split", help="Split of a hub data set.  [default: train]")
 @click.option("--columns", help="Which columns to read, such as prompt=question,completion=answer.")
 @click.option(
@@ -93,16 +98,17 @@ def _run(
     from .dry_run import plan, print_plan
     from .errors import ModelError
     from .initialization import initialize
-    from .memory import parse_size
+    from .memory import parse_size, use_one_heap
     from .models import open_model
     from .report import Bars, print_summary, summarize, warn_if_worse
 
     config = _init_config(options)
-    data_options = _data_options(options)
+    _data_options(options)
     max_memory = parse_size(options["max_memory"]) if options["max_memory"] else None
     if output is not None:
         check_output(output, options["overwrite"])
     start_logging(quiet, verbose)
+    use_one_heap()
     with Bars(shown=not (quiet or as_json)) as monitor:
         with monitor.timed("open"):
             opened = open_model(
@@ -120,7 +126,9 @@ def _run(
                 f"{model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
             )
         with monitor.timed("data"):
-            sample = load_batches(data, opened.tokenizer, data_options, token=options["token"])
+            on_cpu = opened.device.type == "cpu"
+            options["batch_tokens"] = options["batch_tokens"] or (512 if on_cpu else 8192)
+            sample = load_batches(data, opened.tokenizer, _data_options(options), token=options["token"])
         if options["dry_run"]:
             print_plan(plan(opened, sample, config), as_json)
             return
@@ -157,6 +165,7 @@ def _data_options(options: dict[str, Any]) -> DataOptions:
         samples=options["samples"],
         max_length=options["max_length"],
         batch_size=options["batch_size"],
+        batch_tokens=options["batch_tokens"] or DataOptions.batch_tokens,
         split=options["split"],
         columns=parse_columns(options["columns"]) if options["columns"] else None,
         completion_only=options["completion_only"],

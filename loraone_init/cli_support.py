@@ -53,7 +53,7 @@ def one_line_errors(verbose: bool) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
-            _fail("out of memory; lower --batch-size, --max-length or --samples, or close other programs", verbose)
+            _fail("out of memory; lower --batch-tokens, --max-length or --samples, or close other programs", verbose)
         message = " ".join(str(error).split())[:300]
         _fail(f"{type(error).__name__}: {message} (unforeseen; --verbose shows where: please report it)", verbose)
 

@@ -6,9 +6,10 @@ batches = load_batches("train.jsonl", tokenizer, DataOptions(samples=64)).batche
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +39,8 @@ class DataOptions:
     samples:         rows to draw, without replacement; fewer where the data have fewer.
     max_length:      tokens kept of a row, from its start.
     batch_size:      rows of a micro-batch at most; it holds rows of like length only.
+    batch_tokens:    its tokens at most, padding included; a longer row is one by itself. Products of this size are as
+                     fast as larger ones on a CPU, and what they make stays in its caches; a GPU wants thousands.
     split:           part of a hub data set; None for "train", and for a file.
     columns:         new name → name in the data; see `formats.parse_columns`.
     completion_only: mask prompts. None: where rows have a prompt and a completion.
@@ -48,6 +51,7 @@ class DataOptions:
     samples: int = 64
     max_length: int = 1024
     batch_size: int = 8
+    batch_tokens: int = 512
     split: str | None = None
     columns: Mapping[str, str] | None = None
     completion_only: bool | None = None
@@ -55,7 +59,7 @@ class DataOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_length", "batch_size"):
+        for name in ("samples", "max_length", "batch_size", "batch_tokens"):
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -66,7 +70,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Sample:
-    """The rows drawn from one source, as micro-batches in order of length, and what they are.
+    """The rows drawn from one source, in the order drawn, and what they are.
 
     source, format:   DATA as given, and the format of its rows.
     rows_available:   rows of the source.
@@ -77,9 +81,10 @@ class Sample:
     num_label_tokens: tokens that are predicted and trained on: labels[:, 1:] other than IGNORED.
     sha256:           digest of the rows used, hexadecimal; see `digest`.
     options:          what was asked for.
+    rows:             their token ids and labels.
+    pad_id:           what fills up shorter rows of a micro-batch.
     """
 
-    batches: list[Batch]
     source: str
     format: Format
     rows_available: int
@@ -90,6 +95,18 @@ class Sample:
     num_label_tokens: int
     sha256: str
     options: DataOptions
+    rows: list[EncodedRow] = field(repr=False)
+    pad_id: int
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """Micro-batches of rows of like length, the shortest first; rows of equal length as drawn."""
+        return [collate(rows, self.pad_id) for rows in _rows_of_like_length(self.rows, self.options)]
+
+    def facts(self) -> dict[str, Any]:
+        """All but the rows: the record in the adapter's metadata."""
+        record = {key: getattr(self, key) for key in (f.name for f in fields(self)) if key not in ("rows", "pad_id")}
+        return {**record, "options": asdict(self.options)}
 
 
 def load_batches(
@@ -100,7 +117,7 @@ def load_batches(
     revision: str | None = None,
     token: str | None = None,
 ) -> Sample:
-    """Draw rows of a file or hub data set and make micro-batches of them.
+    """Draw rows of a file or hub data set, as token ids and labels; `.batches` has them as micro-batches.
 
     source:          see `rows.read_rows`; revision and token are for a hub data set.
     tokenizer:       of the model to train.
@@ -127,7 +144,6 @@ def load_batches(
             "raise --max-length, or train on --all-tokens"
         )
     return Sample(
-        batches=list(_batches(used, options.batch_size, _pad_id(tokenizer))),
         source=source,
         format=encoder.format,
         rows_available=len(rows),
@@ -138,6 +154,8 @@ def load_batches(
         num_label_tokens=sum(map(_num_label_tokens, used)),
         sha256=digest(used),
         options=options,
+        rows=used,
+        pad_id=_pad_id(tokenizer),
     )
 
 
@@ -180,23 +198,23 @@ def _num_label_tokens(row: EncodedRow) -> int:
     return sum(label != IGNORED for label in row.labels[1:])
 
 
-def _batches(rows: list[EncodedRow], batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """Rows by length, shortest first, rows of equal length as drawn; in micro-batches, each padded by itself."""
-    for members in _rows_of_like_length(rows, batch_size):
-        yield {
-            "input_ids": _padded([row.input_ids for row in members], pad_id),
-            "attention_mask": _padded([[1] * len(row.input_ids) for row in members], 0),
-            "labels": _padded([row.labels for row in members], IGNORED),
-        }
+def collate(rows: Sequence[EncodedRow], pad_id: int) -> Batch:
+    """One micro-batch, padded to its longest row."""
+    return {
+        "input_ids": _padded([row.input_ids for row in rows], pad_id),
+        "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], 0),
+        "labels": _padded([row.labels for row in rows], IGNORED),
+    }
 
 
-def _rows_of_like_length(rows: list[EncodedRow], batch_size: int) -> Iterator[list[EncodedRow]]:
-    """At most batch_size rows, not much shorter than the longest of them."""
+def _rows_of_like_length(rows: list[EncodedRow], options: DataOptions) -> Iterator[list[EncodedRow]]:
+    """Groups of at most batch_size rows and batch_tokens tokens, none much shorter than the longest of its group."""
     members: list[EncodedRow] = []
     for row in sorted(rows, key=lambda row: len(row.input_ids)):
         length = len(row.input_ids)
         padding = length - len(members[0].input_ids) if members else 0
-        if len(members) == batch_size or padding > max(MAX_PADDING, length / 8):
+        full = len(members) == options.batch_size or length * (len(members) + 1) > options.batch_tokens
+        if members and (full or padding > max(MAX_PADDING, length / 8)):
             yield members
             members = []
         members.append(row)

@@ -35,7 +35,7 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
         "rank": config.rank,
         "parameters": sum(config.rank * sum(layer_shape(module)) for module in targets.values()),
-        "sample": {key: value for key, value in asdict(sample).items() if key != "batches"},
+        "sample": sample.facts(),
         "device": str(opened.device),
         "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
         "placement": "disk" if isinstance(opened.stack.store, DiskStore) else "device",

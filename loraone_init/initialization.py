@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,10 +141,7 @@ def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
     """The data's record for the metadata; only what `load_batches` gives has one."""
     from .data import Sample
 
-    if not isinstance(batches, Sample):
-        return {}
-    record = {field.name: getattr(batches, field.name) for field in fields(batches) if field.name != "batches"}
-    return {**record, "options": asdict(record["options"])}
+    return batches.facts() if isinstance(batches, Sample) else {}
 
 
 def _activation_budget(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import median
+from typing import Any
 
 from .adapter import Adapter
 
@@ -13,10 +15,10 @@ tags:
 - lora-one
 ---
 
-# LoRA-One starting adapter for {base}
+# {title} for {base}
 
-The starting point of a LoRA fine-tuning, **not a trained adapter**: one exact full-fine-tuning gradient step, cut to
-rank {rank} in each of {layers} layers ([LoRA-One](https://arxiv.org/abs/2502.01235)). The base model is unchanged.
+{state} one exact full-fine-tuning gradient step, cut to rank {rank} in each of {layers} layers
+([LoRA-One](https://arxiv.org/abs/2502.01235)). The base model is unchanged.
 
 | | |
 |---|---|
@@ -25,7 +27,7 @@ rank {rank} in each of {layers} layers ([LoRA-One](https://arxiv.org/abs/2502.01
 | Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
 | Mean loss, on {loss_rows} of the rows the gradient was taken from | {before:.4f} before the step, {after} after it |
 | Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
-
+{training}
 ## Use
 
 ```python
@@ -33,7 +35,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY", is_trainable=True)  # then any trainer
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY"{trainable}
 ```
 
 The safetensors header holds the settings and, for each layer, the singular values and the SVD's accuracy.
@@ -56,7 +58,16 @@ def model_card(adapter: Adapter) -> str:
     """Markdown with the front matter that the Hugging Face hub reads."""
     base = adapter.base.get("name")
     captured = [layer.captured_energy for layer in adapter.layers.values()]
+    trained = adapter.training is not None
     return _CARD.format(
+        title="LoRA adapter" if trained else "LoRA-One starting adapter",
+        state=(
+            "A trained LoRA adapter. Training started from"
+            if trained
+            else "The starting point of a LoRA fine-tuning, **not a trained adapter**:"
+        ),
+        trainable=")" if trained else ", is_trainable=True)  # then any trainer",
+        training=_training_rows(adapter.training) if adapter.training is not None else "",
         base_line=f"base_model: {base}\n" if base else "",
         base=base or "MODEL",
         rank=adapter.config.rank,
@@ -73,3 +84,17 @@ def model_card(adapter: Adapter) -> str:
         least=min(captured),
         middle=median(captured),
     )
+
+
+def _training_rows(training: Mapping[str, Any]) -> str:
+    rows = [
+        f"| Training | {training['steps']} steps, {training['optimizer']}, learning rate {training['learning_rate']:g},"
+        f" {training['schedule']} schedule |"
+    ]
+    for what, first, last in (
+        ("Training loss", training["first_loss"], training["last_loss"]),
+        ("Evaluation loss", training["first_eval_loss"], training["last_eval_loss"]),
+    ):
+        if first is not None:
+            rows.append(f"| {what}, first and last logged | {first:.4f}, {last:.4f} |")
+    return "\n".join(rows) + "\n"

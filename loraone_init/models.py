@@ -78,7 +78,7 @@ def open_model(
         source.name,
         source.revision,
         checkpoint.fingerprint(),
-        _load_tokenizer(source, trust_remote_code),
+        load_tokenizer(source, trust_remote_code),
         block_path,
     )
 
@@ -260,7 +260,8 @@ def _compute_buffers(model: PreTrainedModel, names: dict[str, str], device: torc
                 owners[owner]._init_weights(module)
 
 
-def _load_tokenizer(source: LocalModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: LocalModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None where there is none that can be read."""
     from transformers import AutoTokenizer
 
     try:

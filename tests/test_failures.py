@@ -164,7 +164,7 @@ def test_out_of_memory(error: Exception, where: str, refused: Refused, monkeypat
         pytest.skip("what the system refuses while writing is an OutputError")
     monkeypatch.setattr(where, raising(error))
     message = refused()
-    assert message.startswith("Error: out of memory; lower --batch-size, --max-length or --samples, or")
+    assert message.startswith("Error: out of memory; lower --batch-tokens, --max-length or --samples, or")
 
 
 @pytest.mark.parametrize("where", ["torch.nn.functional.embedding", "loraone_init.initialization.spectral_init"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from loraone_init.cli import main
+from loraone_init.train_cli import main as train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -49,6 +52,21 @@ def test_python_example_with_a_module_of_ones_own(tmp_path):
 def test_command_lines_parse(command):
     context = main.make_context("loraone-init", shlex.split(command)[1:])
     assert str(context.params["output"]) in command
+
+
+@pytest.mark.parametrize("command", commands("loraone-train"))
+def test_train_command_lines_parse(command):
+    context = train.make_context("loraone-train", shlex.split(command)[1:])
+    assert str(context.params["output"]) in command
+
+
+def test_figures_are_those_of_the_benchmark():
+    spec = importlib.util.spec_from_file_location("init_benchmark", ROOT / "benchmarks" / "init.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    table = benchmark.markdown(json.loads((ROOT / "benchmarks" / "results" / "init.json").read_text()))
+    assert len(table.splitlines()) == 2 + 4 + 2
+    assert table in README
 
 
 def test_demo_command_runs(smollm2, tmp_path, monkeypatch):
