@@ -129,6 +129,7 @@ def test_metadata_names_every_field_of_the_format(case):
         "loss",
         "preconditioner",
         "layers",
+        "training",
     }
     layer = next(iter(record["layers"].values()))
     assert set(layer) == {

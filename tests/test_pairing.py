@@ -34,7 +34,7 @@ class Experts(nn.Module):
 
 
 def adapter_of(pairs, preconditioner=DEFAULT_PRECONDITIONER):
-    report = LayerReport((20, 12), (1.0,) * 4, 1.0, 1.0, 0.0, 0.0, "exact", 0, "spectral")
+    report = LayerReport((20, 12), (1.0,) * 4, 4, 1.0, 1.0, 0.0, 0.0, "exact", 0, "spectral")
     return Adapter(
         pairs,
         InitConfig(rank=4),
