@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_support import CONTEXT, Command, one_line_errors, parse_modules, start_logging
+from .cli_support import CONTEXT, Command, one_line_errors, parse_modules, row_options, source_options, start_logging
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -44,14 +44,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Their tokens, at most.  [default: 512 on a CPU, 8192 on a GPU]",
 )
-@click.option("--split", help="Split of a hub data set.  [default: train]")
-@click.option("--columns", help="Which columns to read, such as prompt=question,completion=answer.")
-@click.option(
-    "--completion-only/--all-tokens",
-    default=None,
-    help="Train on completions only, or on all tokens.  [default: completions, where there are prompts]",
-)
-@click.option("--assistant-only", is_flag=True, help="Train on the assistant's messages only.")
+@row_options
 @click.option("--block-path", help="Name of the list of blocks, for a model where it cannot be found.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
 @click.option(
@@ -65,9 +58,7 @@ if TYPE_CHECKING:
     help="What may be used, such as 8GiB: what is left of it keeps activations instead of computing them twice.",
 )
 @click.option("--seed", default=0, help="Seeds the choice of rows and the SVDs.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--token", help="Hub token.  [default: HF_TOKEN]")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@source_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what it would take, read no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on standard output.")

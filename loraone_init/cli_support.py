@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -34,6 +34,37 @@ class Command(click.Command):
         if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
             sys.stdout.reconfigure(errors="replace")
         return super().parse_args(ctx, args)
+
+
+def row_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how rows are read and what of them is trained on."""
+    for option in reversed(
+        (
+            click.option("--split", help="Split of a hub data set.  [default: train]"),
+            click.option("--columns", help="Which columns to read, such as prompt=question,completion=answer."),
+            click.option(
+                "--completion-only/--all-tokens",
+                default=None,
+                help="Train on completions only, or on all tokens.  [default: completions, where there are prompts]",
+            ),
+            click.option("--assistant-only", is_flag=True, help="Train on the assistant's messages only."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def source_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options that say how the hub is asked."""
+    for option in reversed(
+        (
+            click.option("--revision", help="Branch, tag or commit of a hub model."),
+            click.option("--token", help="Hub token.  [default: HF_TOKEN]"),
+            click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+        )
+    ):
+        function = option(function)
+    return function
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_support import CONTEXT, Command, one_line_errors, start_logging
+from .cli_support import CONTEXT, Command, one_line_errors, row_options, source_options, start_logging
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -47,14 +47,7 @@ ALL_ROWS = 2**62
 @click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice, to save memory.")
 @click.option("--samples", type=click.IntRange(min=1), help="Rows to draw from the data.  [default: all]")
 @click.option("--max-length", default=1024, type=click.IntRange(min=2), help="Tokens kept of a row.")
-@click.option("--split", help="Split of a hub data set.  [default: train]")
-@click.option("--columns", help="Which columns to read, such as prompt=question,completion=answer.")
-@click.option(
-    "--completion-only/--all-tokens",
-    default=None,
-    help="Train on completions only, or on all tokens.  [default: completions, where there are prompts]",
-)
-@click.option("--assistant-only", is_flag=True, help="Train on the assistant's messages only.")
+@row_options
 @click.option("--eval-data", help="File or hub data set to evaluate on, before, after each epoch and at the end.")
 @click.option("--eval-split", help="Split of DATA, or of --eval-data, to evaluate on.")
 @click.option("--logging-steps", default=10, type=click.IntRange(min=1), help="Steps between two lines of progress.")
@@ -63,9 +56,7 @@ ALL_ROWS = 2**62
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu"]), help="auto takes GPUs where there are.")
 @click.option("--seed", default=0, help="Seeds the order of rows, and dropout.")
 @click.option("--resume", is_flag=True, help="Go on from the last whole checkpoint in the output.")
-@click.option("--revision", help="Branch, tag or commit of a hub model.")
-@click.option("--token", help="Hub token.  [default: HF_TOKEN]")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@source_options
 @click.option("--overwrite", is_flag=True, help="Write into an output that exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 @click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")

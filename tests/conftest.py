@@ -99,6 +99,23 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     return model.to(dtype).eval()
 
 
+class ChangesItsInput(nn.Module):
+    """Its second block works in place."""
+
+    class InPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 3), self.InPlace()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x + 0.0)
+        return x
+
+
 def make_word_tokenizer(num_words: int = VOCABULARY - 3) -> PreTrainedTokenizerFast:
     """A word is a token: w0 has the id 3, w1 the id 4 ...; all others are unknown."""
     vocabulary = {"<pad>": 0, "</s>": 1, "?": 2} | {f"w{i}": i + 3 for i in range(num_words)}

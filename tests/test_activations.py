@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CAUSAL_CONFIGS, make_batches, make_model
+from conftest import CAUSAL_CONFIGS, ChangesItsInput, make_batches, make_model
 from torch import nn
 
 from loraone_init import InitConfig, initialize, open_model
@@ -92,21 +92,7 @@ def test_graphs_take_from_the_budget_until_it_is_used_up():
 
 
 def test_a_block_that_changes_its_input_is_refused():
-    class InPlace(nn.Module):
-        def forward(self, x):
-            return x.mul_(2.0)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(3, 3), InPlace()])
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x + 0.0)
-            return x
-
-    model = Model().requires_grad_(False)
+    model = ChangesItsInput().requires_grad_(False)
     stack = BlockStack(model, find_blocks(model, "blocks"), ResidentStore())
     objective = WholeModel(model, lambda model, batch: (model(batch).sum(), 1))
     targets, budget = select_targets(model, "all-linear"), ActivationBudget(PLENTY)

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import CAUSAL_CONFIGS, make_batches, make_model, reference_gradients, reference_loss, relative_error
+from conftest import (
+    CAUSAL_CONFIGS,
+    ChangesItsInput,
+    make_batches,
+    make_model,
+    reference_gradients,
+    reference_loss,
+    relative_error,
+)
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import T5Config, T5ForConditionalGeneration
@@ -235,21 +243,7 @@ def test_an_error_in_a_block_ends_all_threads():
 
 
 def test_a_block_that_changes_its_input_is_refused():
-    class InPlace(nn.Module):
-        def forward(self, x):
-            return x.mul_(2.0)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(3, 3), InPlace()])
-
-        def forward(self, x):
-            for block in self.blocks:
-                x = block(x + 0.0)
-            return x
-
-    model = Model().requires_grad_(False)
+    model = ChangesItsInput().requires_grad_(False)
     stack = BlockStack(model, find_blocks(model, "blocks"), ResidentStore())
     objective = WholeModel(model, lambda model, batch: (model(batch).sum(), 1))
     with pytest.raises(ModelError, match=r"blocks\.1 changes its inputs in place"):
