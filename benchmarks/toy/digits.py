@@ -90,7 +90,7 @@ def adapted(problem: TwoLayerProblem, start: LoraPair, damping: float | None) ->
 
 
 def compare(seed: int) -> tuple[TwoLayerProblem, TwoLayerProblem, dict[str, Trained]]:
-    """The problem on the training half and on the held-out one, and each method's best run."""
+    """The problem on the digits to train on, on those held out, and each method's best run."""
     generator = torch.Generator().manual_seed(seed)
     weight, head = pretrain(read(1, generator)[0], generator)
     problem, held_out = (TwoLayerProblem(weight, head, part.X, part.labels) for part in read(0, generator))
