@@ -35,11 +35,12 @@ def lora_one(G: Tensor, rank: int, generator: torch.Generator, *, step: float = 
 
 
 def lora_ga(problem: LinearProblem, rank: int, *, gamma: float = 16.0) -> tuple[LinearProblem, LoraPair]:
-    """LoRA-GA (Wang et al. 2024, arXiv 2407.05000, Algorithm 1, "ArB2r"), with its γ = 16 and s = 1.
+    """LoRA-GA (Wang et al. 2024, arXiv 2407.05000, Algorithm 1, "ArB2r"), with PEFT's default γ = 16, and s = 1.
 
     From G = U·diag(S)·Vᵀ: A₀ = out^¼·γ^(-½)·V[:, :r]ᵀ, B₀ = out^¼·γ^(-½)·U[:, r:2r], and W♮ is replaced by W♮ - B₀A₀,
     so that nothing is changed at the start. For the factors' product, the shift to be learnt becomes Δ + B₀A₀. Where
     rank(G) = r* <= r, as here, U[:, r:2r] and V[:, r*:r] are arbitrary directions that are orthogonal to G.
+    PEFT's `lora_ga` also multiplies B₀ by S[r:2r], which would be zero here; the paper does not.
     """
     G = problem.gradient(torch.zeros_like(problem.delta))
     U, _, Vh = torch.linalg.svd(G)
