@@ -24,18 +24,19 @@ def spectral_init(
     generator: torch.Generator,
     *,
     rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LoraPair:
     """B₀ = −γ^(−1/2)·U·Ŝ^(1/2), A₀ = γ^(−1/2)·Ŝ^(1/2)·Vh with Ŝ = S/S[0], from G ≈ U·diag(S)·Vh.
 
     U (out, r), S (r,) descending, Vh (r, in). The minus makes it a descent step: s·B₀A₀ = −(s/(γ·S[0]))·G_r.
     Beyond the numerical rank of G the rows of A are standard-initialised from `generator` and the columns of B zero, as
     in plain LoRA, so that these directions can still be learnt. rank: that rank, or None where S is exactly zero there.
-    Returns fp32 factors on the CPU.
+    Returns factors of `dtype` on the CPU: fp32, as adapters are, or fp64 to keep what U, S and Vh have of it.
     """
     top = S[0].item()
     root = (S / top / gamma).sqrt() if top > 0 else torch.zeros_like(S)
-    B = (-U * root).to(device="cpu", dtype=torch.float32)
-    A = (root[:, None] * Vh).to(device="cpu", dtype=torch.float32)
+    B = (-U * root).to(device="cpu", dtype=dtype)
+    A = (root[:, None] * Vh).to(device="cpu", dtype=dtype)
     used = int((S > 0).sum()) if rank is None else rank
     B[:, used:] = 0.0
     A[used:] = standard_rows(len(A) - used, A.shape[1], generator)

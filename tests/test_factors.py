@@ -13,6 +13,8 @@ from loraone_init.factors import spectral_init
 
 FP32 = 1e-6
 """Factors are fp32; products of two of them carry two roundings."""
+FP64 = 1e-13
+"""Likewise in fp64, and the SVD of a matrix of norm 15."""
 
 
 def factors(G, rank, gamma=128.0, seed=0):
@@ -54,6 +56,20 @@ def test_step_length_does_not_depend_on_the_gradients_size():
     _, pair = factors(G, 5)
     _, scaled = factors(G * 1e-9, 5)
     torch.testing.assert_close(pair.B @ pair.A, scaled.B @ scaled.A, rtol=1e-5, atol=1e-9)
+
+
+def test_fp64_on_request():
+    """All digits of U, S and Vh are kept; without asking the factors are fp32, whatever they were made from."""
+    torch.manual_seed(0)
+    G = torch.randn(20, 12).double()
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    exact = spectral_init(U, S, Vh, 1 / S[0].item(), torch.Generator(), dtype=torch.float64)
+    assert exact.A.dtype == exact.B.dtype == torch.float64
+    torch.testing.assert_close(exact.B @ exact.A, -G, rtol=0, atol=FP64)
+    default = spectral_init(U, S, Vh, 1 / S[0].item(), torch.Generator())
+    assert default.A.dtype == default.B.dtype == torch.float32
+    assert torch.equal(default.A, exact.A.float())
+    assert (default.B.double() @ default.A.double() + G).abs().max() > FP64
 
 
 def test_unused_rank_is_standard_initialised():

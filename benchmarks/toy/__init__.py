@@ -1,0 +1,1 @@
+"""Toy problems on which the theory of LoRA-One can be checked; see ../theory.py."""
