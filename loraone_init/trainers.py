@@ -19,6 +19,7 @@ def lines_for_trainers(base: str | None, output: Path) -> dict[str, str]:
     directory = _DIRECTORY if single else str(output)
     lines = {
         "PEFT, TRL": (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n"
             f'base = AutoModelForCausalLM.from_pretrained("{model}")\n'
             f'model = PeftModel.from_pretrained(base, "{directory}", is_trainable=True)'
         ),

@@ -180,7 +180,7 @@ def test_lines_for_peft_run(command: Command, tiny_model: Path, tiny_data: Path,
     """They are what the README shows, and train all factors."""
     lines = figures(command(tiny_model, tiny_data, "-o", out / "lora", "--json"))["trainers"]["PEFT, TRL"]
     names: dict[str, Any] = {}
-    exec("from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n" + lines, names)
+    exec(lines, names)
     trainable = [name for name, parameter in names["model"].named_parameters() if parameter.requires_grad]
     assert len(trainable) == 2 * 21
 
