@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -92,6 +93,9 @@ def one_line_errors(verbose: bool) -> Iterator[None]:
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """What `kill` and a batch system's time limit send ends the command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

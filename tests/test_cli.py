@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,14 @@ def test_lines_for_trainers(name: str, command: Command, tiny_model: Path, tiny_
         assert (program, flag) == ("python", "-c")
         subprocess.run([sys.executable, flag, code], cwd=out, check=True, timeout=120)
         assert (out / "lora-dir" / "adapter_config.json").is_file()
+
+
+def test_in_a_thread_that_may_not_set_signal_handlers(
+    command: Command, tiny_model: Path, tiny_data: Path, out: Path
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(command, tiny_model, tiny_data, "-o", out / "a.safetensors", "-q").result()
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 def test_lines_for_peft_run(command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> None:
