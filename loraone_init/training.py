@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .checkpoint import Checkpoint
 from .checkpoints import last_whole, step_of
 from .data import Sample, collate
-from .errors import ConfigError, ModelError, NumericalError, describe
+from .errors import ConfigError, ModelError, describe
 from .factors import LoraPair
 from .optim import PreconditionedAdamW
 from .sources import LocalModel
@@ -113,17 +113,16 @@ def train(
     stop = FinishOnSignal()
     trainer = _trainer(model, adapter, data, evaluation, output, options, [stop, LogLines(), SealCheckpoints(record)])
     start = last_whole(output, record) if resume else None
-    if resume:
-        logger.info(
-            "Going on after step %d" if start else "No checkpoint in %s: starting", step_of(start) if start else output
-        )
+    if start is not None:
+        logger.info("Going on after step %d", step_of(start))
+    elif resume:
+        logger.info("No checkpoint in %s: starting", output)
     with stop.listening():
         trainer.args.eval_on_start = evaluation is not None and start is None  # it is in the checkpoint's history
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         if evaluation is not None and options.max_steps is not None and not stop.received:
             trainer.evaluate()
     history: list[dict[str, float]] = trainer.state.log_history
-    _check_finite(history)
     trained = replace(adapter, pairs=_factors(model, adapter), training=_describe(trainer, record, history))
     return Outcome(trained, trainer.state.global_step, trainer.state.max_steps, stop.received, history)
 
@@ -254,13 +253,6 @@ def _describe(trainer: Trainer, record: Mapping[str, Any], history: list[dict[st
         "first_eval_loss": evaluations[0] if evaluations else None,
         "last_eval_loss": evaluations[-1] if evaluations else None,
     }
-
-
-def _check_finite(history: list[dict[str, float]]) -> None:
-    for entry in history:
-        loss = entry.get("loss", 0.0)
-        if not abs(loss) < float("inf"):
-            raise NumericalError(f"the loss is {loss} at step {entry['step']}; use a lower learning rate, or fp32")
 
 
 def _refuse_sharding(options: TrainOptions) -> None:
