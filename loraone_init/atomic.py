@@ -38,6 +38,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
     Where `target` exists, the temporary one is inside of it (beside it may be another file system, or no right to
     write), its files are moved at the end, and other files are kept. Raises OutputError as `atomic_file` does.
+    Directories may lie in it.
     """
     exists = target.is_dir()
     with _output_errors(target):
@@ -45,12 +46,14 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".partial", dir=place))
         try:
             yield temporary
-            files = sorted(temporary.iterdir())
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
             for file in files:
                 _finish(file)
             if exists:
                 for file in files:
-                    file.replace(target / file.name)
+                    place = target / file.relative_to(temporary)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(place)
             else:
                 temporary.chmod(0o777 & ~_umask())
                 temporary.rename(target)

@@ -21,8 +21,24 @@ if TYPE_CHECKING:
 FINGERPRINT_BYTES = 4096
 """Leading bytes of every tensor's data that enter the fingerprint."""
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The safetensors format's names of dtypes."""
+
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _CONVERT = (
     "convert them once, in an environment you trust, with"
     " AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(DIRECTORY), and pass DIRECTORY"
@@ -39,6 +55,18 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         return sorted(self._where)
+
+    @property
+    def shards(self) -> dict[Path, list[str]]:
+        """The names of the tensors in each file, in the file's order."""
+        return {path: list(file.offset_keys()) for path, file in self._files.items()}
+
+    def spec(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """dtype and shape of a tensor, without reading it."""
+        view = self._files[self._where[name]].get_slice(name)
+        if view.get_dtype() not in DTYPES:
+            raise ModelError(f"tensor {name} has dtype {view.get_dtype()}, which is not known")
+        return DTYPES[view.get_dtype()], tuple(view.get_shape())
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """The tensor on the CPU in its stored dtype. Raises ModelError where it cannot be read or has another shape."""
@@ -107,7 +135,7 @@ def declared_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, tor
 
 
 def _shards(directory: Path) -> list[Path]:
-    index = directory / _INDEX
+    index = directory / INDEX
     if index.is_file():
         try:
             files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
@@ -128,7 +156,7 @@ def _shards(directory: Path) -> list[Path]:
             f"{directory} holds pickled weights only ({pickles[0]}), which can run code when loaded; {_CONVERT}"
         )
     raise ModelError(
-        f"{directory} has no model.safetensors (nor {_INDEX}); if its weights have another form, {_CONVERT}"
+        f"{directory} has no model.safetensors (nor {INDEX}); if its weights have another form, {_CONVERT}"
     )
 
 

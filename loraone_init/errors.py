@@ -29,6 +29,10 @@ class AdapterError(LoraOneError):
     """An adapter file cannot be read, or is not one of ours."""
 
 
+class ExportError(LoraOneError):
+    """An adapter cannot be brought into the form asked for."""
+
+
 def describe(error: BaseException) -> str:
     """An exception's message on one line, with its class where it would not be understood alone."""
     message = " ".join(str(error).split()).rstrip(".")

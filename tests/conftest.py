@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from loraone_init import initialize, load_batches, open_model
 from loraone_init.cli import main
 from loraone_init.targets import is_conv1d
 
@@ -186,6 +187,16 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("tiny-data") / "rows.jsonl"
     rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{7 * i} w{5 * i} w3"} for i in range(12)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def initialised(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `loraone-init` writes for `tiny_model`: one file."""
+    file = tmp_path_factory.mktemp("initialised") / "adapters.safetensors"
+    model = open_model(str(tiny_model))
+    assert model.tokenizer is not None
+    initialize(model, load_batches(str(tiny_data), model.tokenizer)).save(file)
     return file
 
 

@@ -1,0 +1,146 @@
+"""The command `loraone-export`, one subcommand for each target. Heavy imports wait until options have been read."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from loraone_init.cli_support import CONTEXT, Command, one_line_errors, source_options, start_logging
+from loraone_init.version import __version__
+
+if TYPE_CHECKING:
+    from .base_model import BaseModel
+    from .lora_weights import LoraWeights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What every target gets: the base, the adapter that belongs to it, and where to write."""
+
+    base: BaseModel
+    lora: LoraWeights
+    output: Path
+    overwrite: bool
+
+
+@click.group("loraone-export", context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="loraone-export")
+def main() -> None:
+    """Bring an adapter into another form: loraone-export TARGET MODEL ADAPTER -o OUT.
+
+    MODEL is as for loraone-init. ADAPTER is what loraone-init or loraone-train wrote, or any LoRA directory of PEFT.
+
+    \b
+      loraone-export merged demo adapters.safetensors -o merged
+    """
+
+
+def target(
+    name: str, *, output_help: str = "Directory to write.", check: Callable[[Path, bool], None] | None = None
+) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
+    """A subcommand: the options that all share, the adapter and its base opened and checked, the result printed.
+
+    check: raises OutputError where the output cannot be written; by default for a directory.
+    """
+
+    def decorate(run: Callable[..., dict[str, Any]]) -> click.Command:
+        @wraps(run)
+        def command(
+            model: str,
+            adapter: Path,
+            output: Path,
+            overwrite: bool,
+            any_base: bool,
+            as_json: bool,
+            quiet: bool,
+            verbose: bool,
+            revision: str | None,
+            token: str | None,
+            trust_remote_code: bool,
+            **options: Any,
+        ) -> None:
+            with one_line_errors(verbose):
+                start_logging(quiet or as_json, verbose)
+                (check or _check_directory)(output, overwrite)
+                from .base_model import open_base
+                from .lora_weights import read_lora
+
+                lora = read_lora(adapter)
+                base = open_base(
+                    model,
+                    lora,
+                    revision=revision,
+                    token=token,
+                    trust_remote_code=trust_remote_code,
+                    any_base=any_base,
+                )
+                facts = run(Export(base, lora, output, overwrite), **options)
+                _print(output, facts, as_json, quiet)
+
+        for option in _shared_options(output_help):
+            command = option(command)
+        return main.command(name, cls=Command, context_settings=CONTEXT)(command)
+
+    return decorate
+
+
+def _shared_options(output_help: str) -> list[Callable[..., Any]]:
+    """Last first, as decorators are applied; a target's own options come before them in the help."""
+    return [
+        click.option("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks."),
+        click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
+        click.option("--overwrite", is_flag=True, help="Write into an output that exists."),
+        click.option("--any-base", is_flag=True, help="Take a MODEL with other weights than the adapter's."),
+        source_options,
+        click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=output_help),
+        click.argument("adapter", type=click.Path(path_type=Path)),
+        click.argument("model"),
+    ]
+
+
+def _check_directory(output: Path, overwrite: bool) -> None:
+    from loraone_init.adapter_files import check_output, is_single_file
+    from loraone_init.errors import OutputError
+
+    if is_single_file(output):
+        raise OutputError(f"{output}: this target writes a directory; leave .safetensors out")
+    check_output(output, overwrite)
+
+
+def _print(output: Path, facts: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"output": str(output), **facts}, indent=2))
+    elif not quiet:
+        told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
+        click.echo(f"written: {output} ({told})")
+
+
+@target("merged")
+@click.option(
+    "--dtype",
+    default="auto",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16"]),
+    help="Of the weights; auto leaves them as they are.",
+)
+def merged(export: Export, dtype: Any) -> dict[str, Any]:
+    """The merged model, W + s·B·A, as a Hugging Face directory.
+
+    Tensor by tensor, so that a model larger than memory is merged too.
+    """
+    from .merged import export_merged
+
+    return export_merged(export.base, export.lora, export.output, dtype)
+
+
+if __name__ == "__main__":
+    main()

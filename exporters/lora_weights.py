@@ -1,0 +1,137 @@
+"""The factors of an adapter, read from our single file, a PEFT directory, or what loraone-train wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loraone_init.adapter_files import CONFIG, PREFIX, WEIGHTS
+from loraone_init.errors import AdapterError
+from loraone_init.factors import LoraPair
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "target_parameters": "factors of raw parameters",
+    "layer_replication": "replication",
+}
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """What every target needs of an adapter.
+
+    path:         where it was read.
+    pairs:        factors by module, A (r, in), B (out, r), in the file's dtype.
+    scales:       s of every module; the adapted weight is W + s·B·A.
+    replacements: trained tensors that take the place of the base's, by the model's name for them (`modules_to_save`).
+    peft_config:  the content of adapter_config.json.
+    record:       what loraone-init noted of the adapter ("loraone" in docs/format.md); None for another tool's.
+    """
+
+    path: Path
+    pairs: Mapping[str, LoraPair]
+    scales: Mapping[str, float]
+    peft_config: Mapping[str, Any]
+    replacements: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    record: Mapping[str, Any] | None = None
+
+    @property
+    def task_type(self) -> str | None:
+        return self.peft_config.get("task_type")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the base it was made from, where that is known."""
+        return None if self.record is None else self.record["base"].get("fingerprint")
+
+    def delta(self, module: str) -> torch.Tensor:
+        """s·B·A (out, in) in fp32."""
+        pair = self.pairs[module]
+        return self.scales[module] * (pair.B.float() @ pair.A.float())
+
+
+def read_lora(path: Path) -> LoraWeights:
+    """Raises AdapterError for what is no LoRA adapter, or has parts that no plain LoRA has."""
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        expected = f"a .safetensors file of loraone-init, or a directory with {WEIGHTS} and {CONFIG}"
+        raise AdapterError(f"there is no adapter {file}; give {expected}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is no safetensors file: {error}") from error
+    try:
+        config, record = _read_config(path, metadata)
+        pairs, replacements = _sort_tensors(tensors)
+        scales = {module: _scale(module, len(pair.A), config) for module, pair in pairs.items()}
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    return LoraWeights(path, pairs, scales, config, replacements, record)
+
+
+def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """PEFT's configuration and, where there is one, our record."""
+    try:
+        if (path / CONFIG).is_file():
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        elif "peft_config" in metadata:
+            config = json.loads(metadata["peft_config"])
+        else:
+            where = f"{CONFIG} beside it" if path.is_dir() else "PEFT configuration in its header"
+            raise AdapterError(f"it has no {where}, so its scale is not known; pass the whole PEFT directory")
+        record = json.loads(metadata["loraone"]) if "loraone" in metadata else None
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"its configuration cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"it is no LoRA adapter but {kind}")
+    for key, what in _UNSUPPORTED.items():
+        if config.get(key):
+            raise AdapterError(f"it uses {what} ({key}), which cannot be exported; merge it with PEFT")
+    return config, record
+
+
+def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair], dict[str, torch.Tensor]]:
+    """Factors by module; everything else, which replaces the base's tensors, by name."""
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    replacements = {}
+    for full_name, tensor in tensors.items():
+        name = full_name.removeprefix(PREFIX)
+        if (match := _FACTOR.fullmatch(name)) is not None:
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+        elif ".lora_" in name:
+            raise AdapterError(f"tensor {full_name} is no factor of a linear layer; merge the adapter with PEFT")
+        else:
+            replacements[name] = tensor
+    for module, factors in sides.items():
+        if len(factors) < 2:
+            raise AdapterError(f"layer {module} has only lora_{''.join(factors)}")
+        A, B = factors["A"], factors["B"]
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise AdapterError(
+                f"layer {module}: A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, in) and (out, r)"
+            )
+    if not sides:
+        raise AdapterError("it holds no LoRA factors")
+    return {module: LoraPair(factors["A"], factors["B"]) for module, factors in sides.items()}, replacements
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """α/√r (rsLoRA) or α/r, with the module's own α where `alpha_pattern` has one."""
+    alpha = float(config["lora_alpha"])
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,134 @@
+"""The merged model: every adapted weight W + s·B·A, as a directory that any Hugging Face tool opens.
+
+The checkpoint goes through tensor by tensor: memory holds the largest tensor and its change, not the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from loraone_init.atomic import atomic_directory
+from loraone_init.checkpoint import INDEX
+from loraone_init.errors import ExportError, NumericalError
+from loraone_init.targets import is_conv1d
+
+from .base_model import BaseModel
+from .lora_weights import LoraWeights
+from .safetensors_writer import TensorSpec, write_streamed
+
+logger = logging.getLogger(__name__)
+
+DType = Literal["auto", "fp32", "fp16", "bf16"]
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+"""What belongs to a model beside its weights: configurations, tokenizer, chat template."""
+
+
+def export_merged(base: BaseModel, lora: LoraWeights, output: Path, dtype: DType = "auto") -> dict[str, Any]:
+    """Write the merged model into the directory `output`, whole or not at all. Facts of it, for a report.
+
+    dtype: of the floating tensors; "auto" leaves each as the checkpoint has it. Sums are made in fp32.
+    Raises ExportError where a layer cannot be merged, NumericalError, with its name, where a sum is not finite.
+    """
+    with atomic_directory(output) as directory:
+        write_merged(base, lora, directory, dtype)
+        num_bytes = sum(file.stat().st_size for file in directory.iterdir())
+    return {"layers": len(lora.pairs), "bytes": num_bytes}
+
+
+def write_merged(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType = "auto") -> None:
+    """As `export_merged`, into a directory that is there."""
+    sum_of = _Merger(base, lora, TORCH_DTYPES.get(dtype))
+    checkpoint = base.checkpoint
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, (shard, names) in enumerate(checkpoint.shards.items()):
+        added = sum_of.additions if number == 0 else {}
+        specs = {name: sum_of.spec(name) for name in names} | {name: sum_of.spec(name) for name in added}
+        total += write_streamed(directory / shard.name, specs, sum_of)
+        weight_map.update(dict.fromkeys(specs, shard.name))
+    if len(checkpoint.shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _copy_rest(base, directory, dtype, untied=bool(sum_of.untied))
+
+
+class _Merger:
+    """Gives the tensors of the merged checkpoint, one at a time, by their names in it."""
+
+    def __init__(self, base: BaseModel, lora: LoraWeights, dtype: torch.dtype | None) -> None:
+        self._checkpoint = base.checkpoint
+        self._lora = lora
+        self._dtype = dtype
+        self._modules = dict(base.module.named_modules())
+        names = base.tensor_names
+        tied: Mapping[str, str] = base.module.all_tied_weights_keys
+        self.untied: dict[str, str] = {}
+        self._layers: dict[str, str] = {}
+        for module in lora.pairs:
+            weight = f"{module}.weight"
+            if weight in names:
+                self._layers[names[weight]] = module
+            else:  # an output embedding that is tied: its change must not reach the input embedding
+                self._layers[weight] = module
+                self.untied[weight] = names[tied[weight]]
+        self._replacements = {names.get(name, name): tensor for name, tensor in lora.replacements.items()}
+
+    @property
+    def additions(self) -> dict[str, None]:
+        """Tensors that the base's checkpoint lacks."""
+        known = set(self._checkpoint.names)
+        return dict.fromkeys(name for name in (*self.untied, *self._replacements) if name not in known)
+
+    def spec(self, name: str) -> TensorSpec:
+        if name in self._replacements:
+            tensor = self._replacements[name]
+            return TensorSpec(self._cast(tensor.dtype), tuple(tensor.shape))
+        dtype, shape = self._checkpoint.spec(self.untied.get(name, name))
+        return TensorSpec(self._cast(dtype), shape)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        spec = self.spec(name)
+        if name in self._replacements:
+            return self._replacements[name].to(spec.dtype)
+        tensor = self._checkpoint.read(self.untied.get(name, name), torch.Size(spec.shape))
+        if (module := self._layers.get(name)) is None:
+            return tensor.to(spec.dtype)
+        delta = self._lora.delta(module)
+        if is_conv1d(self._modules[module]):
+            delta = delta.T
+        merged = delta.add_(tensor).to(spec.dtype)
+        if not merged.isfinite().all():
+            raise NumericalError(f"the merged weight of layer {module} is not finite in {spec.dtype}; try --dtype fp32")
+        return merged
+
+    def _cast(self, dtype: torch.dtype) -> torch.dtype:
+        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+
+def _copy_rest(base: BaseModel, directory: Path, dtype: DType, untied: bool) -> None:
+    """Everything but the weights; config.json says what has changed."""
+    patterns = (*_KEPT, "*.py") if base.trust_remote_code else _KEPT
+    for file in sorted({file for pattern in patterns for file in base.source.directory.glob(pattern)}):
+        if file.name != INDEX:
+            shutil.copyfile(file, directory / file.name)
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{base.source.directory / 'config.json'} cannot be read: {error}") from error
+    if dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    if untied:
+        logger.info("The output embedding is adapted: it is written apart from the input embedding it was tied to")
+        config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
