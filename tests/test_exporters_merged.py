@@ -7,42 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from conftest import CAUSAL_CONFIGS, content, error_line, make_batches, make_model, relative_error
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import CAUSAL_CONFIGS, content, error_line, make_model, relative_error
+from exports import ROUNDING, export, logits_of, peft_logits, save_base, save_peft
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from loraone_init.exporters.cli import main
-
-ROUNDING = 1e-5  # of sums in fp32 through three blocks, relative
-
-
-def export(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def save_base(directory: Path, name: str = "llama", **options: object) -> PreTrainedModel:
-    model = make_model(name, torch.float32)
-    model.save_pretrained(directory, **options)
-    return model
-
-
-def save_peft(directory: Path, model: PreTrainedModel, **options: object) -> None:
-    """An adapter of random factors, as PEFT writes it."""
-    torch.manual_seed(3)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | options
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(directory)
-
-
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    batch = make_batches()[0]
-    with torch.no_grad():
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-
-
-def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
-    return logits_of(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval())
+from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("name", CAUSAL_CONFIGS)
