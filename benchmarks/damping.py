@@ -2,6 +2,8 @@
 
     python benchmarks/damping.py            # about 40 minutes on 2 cores; table, and benchmarks/results/damping.json
 
+Stopped and started again it goes on after the last run that is in the JSON.
+
 Every variant gets every learning rate. Held-out rows are the last of examples/gsm8k.jsonl; neither the initialisation
 nor the training sees them.
 """
@@ -23,8 +25,13 @@ from loraone_init.sources import LocalModel, resolve_model
 from loraone_init.training import TrainOptions, train
 
 HERE = Path(__file__).parent
-VARIANTS = [None, *(Preconditioner("absolute", damping) for damping in (1e-6, 1e-3))]
-VARIANTS += [Preconditioner("scale-free", damping) for damping in (1e-2, 1e-1, 1.0)]
+VARIANTS = [
+    None,
+    Preconditioner("absolute", 1e-6),
+    Preconditioner("scale-free", 1e-2),
+    Preconditioner("scale-free", 1e-1),
+    Preconditioner("absolute", 1e-3),
+]
 LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 HELD_OUT = 16
 
@@ -44,15 +51,33 @@ def main() -> None:
         training, held_out = split_rows(source, Path(directory))
         adapter = initial_adapter(source, Path(directory) / "train.jsonl", arguments.samples, arguments.gamma)
         settings = {"max_steps": arguments.steps, "batch_size": arguments.batch_size, "device": "cpu"}
-        runs = [
-            run(source, adapter, training, held_out, variant, rate, settings, Path(directory))
-            for rate in LEARNING_RATES
-            for variant in VARIANTS
-        ]
-    result = {**settings, "samples": arguments.samples, "gamma": arguments.gamma, "held_out": HELD_OUT, "runs": runs}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+        result = {**settings, "samples": arguments.samples, "gamma": arguments.gamma, "held_out": HELD_OUT}
+        runs = earlier_runs(arguments.output, result)
+        for rate in LEARNING_RATES:
+            for variant in VARIANTS:
+                if any(key(done) == (rate, *described(variant)) for done in runs):
+                    continue
+                runs.append(run(source, adapter, training, held_out, variant, rate, settings, Path(directory)))
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps({**result, "runs": runs}, indent=2) + "\n")
     print_table(runs)
+
+
+def earlier_runs(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an interrupted call with the same settings left."""
+    if not output.exists():
+        return []
+    found: dict[str, Any] = json.loads(output.read_text())
+    runs: list[dict[str, Any]] = found.pop("runs")
+    return runs if found == settings else []
+
+
+def described(variant: Preconditioner | None) -> tuple[str, float | None]:
+    return (variant.kind, variant.damping) if variant else ("none", None)
+
+
+def key(run: dict[str, Any]) -> tuple[float, str, float | None]:
+    return run["learning_rate"], run["kind"], run["damping"]
 
 
 def split_rows(source: LocalModel, work: Path) -> tuple[Sample, Sample]:
@@ -94,7 +119,7 @@ def run(
     outcome = train(source, start, training, work / "run", options, evaluation=held_out)
     record = outcome.adapter.training
     assert record is not None
-    kind, damping = (variant.kind, variant.damping) if variant else ("none", None)
+    kind, damping = described(variant)
     losses = {"before": record["first_eval_loss"], "after": record["last_eval_loss"]}
     print(f"{rate:8.0e} {kind:12} {damping!s:8} {losses['before']:.4f} {losses['after']:.4f}", flush=True)
     return {"learning_rate": rate, "kind": kind, "damping": damping, **losses}
@@ -103,8 +128,8 @@ def run(
 def print_table(runs: list[dict[str, Any]]) -> None:
     print(f"\n{'held-out loss after':24}" + "".join(f"{rate:>10.0e}" for rate in LEARNING_RATES))
     for variant in VARIANTS:
-        kind, damping = (variant.kind, variant.damping) if variant else ("none", None)
-        row = [run["after"] for run in runs if (run["kind"], run["damping"]) == (kind, damping)]
+        kind, damping = described(variant)
+        row = [run["after"] for run in runs if key(run)[1:] == (kind, damping)]
         print(f"{kind:14}{damping!s:10}" + "".join(f"{loss:10.4f}" for loss in row))
 
 

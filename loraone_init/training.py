@@ -167,6 +167,9 @@ def _trainer(
 
     if options.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError('TensorBoard is not installed: pip install "loraone-init[tensorboard]"')
+    on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    if on_cpu and options.precision == "fp16":
+        raise ConfigError("fp16 trains on GPUs only; use bf16 or fp32 on the CPU")
     arguments = TrainingArguments(
         output_dir=str(output),
         num_train_epochs=options.epochs,
@@ -191,10 +194,10 @@ def _trainer(
         seed=options.seed,
         data_seed=options.seed,
         report_to=options.report_to,
-        use_cpu=options.device == "cpu",
+        use_cpu=on_cpu,  # "no GPU was found" is not enough: processes would not find each other
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and options.device != "cpu",
+        dataloader_pin_memory=not on_cpu,
     )
     trainer = Trainer(
         model,

@@ -22,7 +22,7 @@ from loraone_init.train_cli import main
 SAME_SUM = 1e-5
 """Two processes add gradients in another order."""
 
-OPTIONS = ("--max-steps", "6", "--batch-size", "2", "--logging-steps", "1", "--save-steps", "2", "--device", "cpu")
+OPTIONS = ("--max-steps", "6", "--batch-size", "2", "--logging-steps", "1", "--save-steps", "2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -172,12 +172,19 @@ def test_resume_with_other_options_is_refused(arguments: list[str], tmp_path: Pa
     assert "learning_rate was 0.0002, is 0.001; resume with the options" in error_line(again.stderr)
 
 
-def test_two_processes_take_the_same_steps(arguments: list[str], tmp_path: Path) -> None:
-    """torchrun with batches of 1 on each of two processes, against batches of 2 on one."""
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], id="torchrun"),
+        pytest.param(["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], id="accelerate"),
+    ],
+)
+def test_two_processes_take_the_same_steps(launcher: list[str], arguments: list[str], tmp_path: Path) -> None:
+    """Batches of 1 on each of two processes, against batches of 2 on one."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     assert run(*arguments, "-o", alone).exit_code == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "loraone_init.train_cli", *arguments, "--batch-size", "1", "-o", str(together)]
+    command = [sys.executable, "-m", *launcher, "-m", "loraone_init.train_cli", *arguments]
+    command += ["--batch-size", "1", "-o", str(together)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
     assert done.returncode == 0, done.stderr
     assert losses(together) == pytest.approx(losses(alone), rel=SAME_SUM)
@@ -185,9 +192,28 @@ def test_two_processes_take_the_same_steps(arguments: list[str], tmp_path: Path)
         torch.testing.assert_close(factors(together)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_bf16_and_checkpointing_on_the_cpu(arguments: list[str], tmp_path: Path) -> None:
+    done = run(*arguments, "-o", tmp_path / "t", "--precision", "bf16", "--gradient-checkpointing")
+    assert done.exit_code == 0, done.output
+    exact = tmp_path / "exact"
+    assert run(*arguments, "-o", exact).exit_code == 0
+    assert losses(tmp_path / "t") == pytest.approx(losses(exact), rel=2e-2)  # bf16 has 8 bits
+    assert losses(tmp_path / "t") != losses(exact)
+
+
+def test_curves_for_tensorboard(arguments: list[str], tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(*arguments, "-o", tmp_path / "t", "--report-to", "tensorboard").exit_code == 0
+    (curves,) = (tmp_path / "t" / "runs").iterdir()
+    events = accumulator.EventAccumulator(str(curves))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(tmp_path / "t"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--precision", "fp16", "--device", "cpu"], "fp16 trains on GPUs only"),
         (["--adapter", "nothing.safetensors"], "there is no adapter nothing.safetensors"),
         (["-o", "trained.safetensors"], "a training writes a directory"),
         (["--learning-rate", "0"], "learning_rate must be a positive number"),
