@@ -14,6 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from loraone_init.cli import main
+from loraone_init.exporters.cli import main as export
+from loraone_init.inspect_cli import main as inspect
 from loraone_init.train_cli import main as train
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +53,19 @@ def test_python_example_with_a_module_of_ones_own(tmp_path):
 @pytest.mark.parametrize("command", commands("loraone-init"))
 def test_command_lines_parse(command):
     context = main.make_context("loraone-init", shlex.split(command)[1:])
+    assert str(context.params["output"]) in command
+
+
+@pytest.mark.parametrize("command", commands("loraone-inspect"))
+def test_inspect_command_lines_parse(command):
+    context = inspect.make_context("loraone-inspect", shlex.split(command)[1:])
+    assert str(context.params["adapter"]) in command
+
+
+@pytest.mark.parametrize("command", commands("loraone-export"))
+def test_export_command_lines_parse(command):
+    _, target, *arguments = shlex.split(command)
+    context = export.commands[target].make_context(target, arguments)
     assert str(context.params["output"]) in command
 
 

@@ -1,0 +1,141 @@
+"""Pictures as inline SVG: a heat map and a line chart. Colours are the page's CSS variables, for light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+NUM_COLORS = 8
+"""The page defines --c0 to --c7."""
+
+_WIDTH = 720
+_LABELS = 120  # for the names of rows, and of the vertical axis' values
+_ROW = 22
+_HEIGHT = 260
+_MARGIN = 16
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: points (x, y), named in the legend."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One field of a heat map: its value, and what is told when the pointer is on it."""
+
+    value: float
+    title: str
+
+
+def heat_map(
+    rows: Sequence[str], columns: Sequence[str], cells: dict[tuple[int, int], Cell], low: float, high: float
+) -> str:
+    """Rectangles by (row, column); the fuller the colour the higher the value between `low` and `high`."""
+    width = (_WIDTH - _LABELS - _MARGIN) / max(1, len(columns))
+    height = _ROW * len(rows)
+    parts = []
+    for i, row in enumerate(rows):
+        parts.append(_text(_LABELS - 6, i * _ROW + _ROW * 0.68, row, "end"))
+        for j in range(len(columns)):
+            cell = cells.get((i, j))
+            box = f'x="{_LABELS + j * width:.1f}" y="{i * _ROW}" width="{width - 1:.1f}" height="{_ROW - 1}" rx="2"'
+            if cell is None:
+                parts.append(f'<rect {box} class="none"/>')
+                continue
+            share = (cell.value - low) / (high - low) if high > low else 1.0
+            opacity = 0.08 + 0.92 * max(0.0, min(1.0, share))
+            parts.append(
+                f'<rect {box} class="heat" fill-opacity="{opacity:.3f}"><title>{escape(cell.title)}</title></rect>'
+            )
+    every = max(1, math.ceil(len(columns) / 16))
+    for j in range(0, len(columns), every):
+        parts.append(_text(_LABELS + (j + 0.5) * width, height + 14, columns[j], "middle"))
+    return _svg(height + 20, parts)
+
+
+def heat_scale(low: str, high: str) -> str:
+    """What pale and full colour mean."""
+    return f'<p class="scale"><span>{escape(low)}</span><i></i><span>{escape(high)}</span></p>'
+
+
+def line_chart(series: Sequence[Series], x_label: str, log: bool = False) -> str:
+    """Lines over a common axis, with a legend. log: the vertical axis is logarithmic, and values <= 0 are left out."""
+    shown = [Series(line.name, [(x, y) for x, y in line.points if y > 0 or not log]) for line in series]
+    shown = [line for line in shown if line.points]
+    if not shown:
+        return '<p class="quiet">Nothing to draw.</p>'
+    xs = [x for line in shown for x, _ in line.points]
+    ys = [math.log10(y) if log else y for line in shown for _, y in line.points]
+    x0, x1, ticks = min(xs), max(xs), _log_ticks(ys) if log else _ticks(ys)
+    y0, y1 = min(*ys, *ticks), max(*ys, *ticks)
+    across, up = _WIDTH - _LABELS / 2 - _MARGIN, _HEIGHT - 44
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        left = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
+        top = (y1 - y) / (y1 - y0) if y1 > y0 else 0.5
+        return _LABELS / 2 + left * across, 8 + top * up
+
+    parts = []
+    for tick in ticks:
+        _, y = at(x0, tick)
+        parts.append(f'<line x1="{_LABELS / 2}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(_text(_LABELS / 2 - 6, y + 4, f"{10**tick:.0e}" if log else f"{tick:g}", "end"))
+    for x in _x_ticks(x0, x1):
+        parts.append(_text(at(x, y0)[0], _HEIGHT - 20, f"{x:g}", "middle"))
+    parts.append(_text(_LABELS / 2 + across / 2, _HEIGHT - 3, x_label, "middle"))
+    for number, line in enumerate(shown):
+        points = [at(x, math.log10(y) if log else y) for x, y in line.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        color = f"var(--c{number % NUM_COLORS})"
+        dash = ' stroke-dasharray="5 3"' if number >= NUM_COLORS else ""
+        parts.append(f'<polyline points="{path}" class="line" stroke="{color}"{dash}/>')
+        for (x, y), (at_x, value) in zip(points, line.points, strict=True):
+            title = escape(f"{line.name}, {at_x:g}: {value:.3g}")
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"><title>{title}</title></circle>')
+    return _legend([line.name for line in shown]) + _svg(_HEIGHT, parts)
+
+
+def _legend(names: Sequence[str]) -> str:
+    items = (
+        f'<li><i style="background:var(--c{number % NUM_COLORS})"'
+        f"{' class=dashed' if number >= NUM_COLORS else ''}></i>{escape(name)}</li>"
+        for number, name in enumerate(names)
+    )
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _svg(height: float, parts: Sequence[str]) -> str:
+    return f'<div class="scroll"><svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img">{"".join(parts)}</svg></div>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers, four to eight of them, that enclose the values."""
+    low, high = min(values), max(values)
+    span = high - low or abs(high) or 1.0
+    step = 10.0 ** math.floor(math.log10(span / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (factor * step) <= 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _log_ticks(exponents: Sequence[float]) -> list[float]:
+    """Powers of ten that enclose 10^exponents, at most about eight."""
+    first, last = math.floor(min(exponents)), math.ceil(max(exponents))
+    step = max(1, math.ceil((last - first) / 8))
+    return [float(exponent) for exponent in range(first, last + step, step)]
+
+
+def _x_ticks(low: float, high: float) -> list[float]:
+    """Whole numbers, at most about 16."""
+    step = max(1, math.ceil((high - low) / 16))
+    return [float(number) for number in range(math.ceil(low), math.floor(high) + 1, step)]

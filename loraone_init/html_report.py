@@ -1,0 +1,242 @@
+"""One self-contained page about an adapter: pictures first, then where it comes from, then every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from statistics import median
+from typing import Any
+
+from .adapter import Adapter
+from .charts import Cell, Series, heat_map, heat_scale, line_chart
+from .comparison import Comparison
+from .inspection import Anomaly, LayerFacts, by_depth, by_kind
+from .layer_names import short_kinds
+
+MAX_ANOMALIES = 20
+
+
+def render_page(
+    adapter: Adapter,
+    facts: Sequence[LayerFacts],
+    anomalies: Sequence[Anomaly],
+    comparison: Comparison | None = None,
+    other_name: str = "",
+) -> str:
+    """The page as text. It loads nothing from anywhere."""
+    style = files("loraone_init").joinpath("html_report.css").read_text(encoding="utf-8")
+    title = f"LoRA-One adapter of {adapter.base.get('name') or 'a model'}"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        _tiles(adapter, facts),
+        _anomalies(anomalies),
+        *(_of_stack(stack, layers) for stack, layers in _stacks(facts).items()),
+        _losses(adapter),
+        _comparison(facts, comparison, other_name) if comparison else "",
+        _provenance(adapter),
+        _layers(facts),
+        '<footer>LoRA-One: Zhang, Liu, Chen, ICML 2025, <a href="https://arxiv.org/abs/2502.01235">arXiv 2502.01235</a>'
+        "</footer>",
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{''.join(sections)}</main></body></html>"
+        "\n"
+    )
+
+
+def _tiles(adapter: Adapter, facts: Sequence[LayerFacts]) -> str:
+    after = "not finite" if adapter.loss.after is None else f"{adapter.loss.after:.4f}"
+    sines = [fact.report.sine for fact in facts if fact.report.sine is not None]
+    tiles = {
+        "loss before → after the step": f"{adapter.loss.before:.4f} → {after}",
+        "captured energy, median": f"{median(fact.report.captured_energy for fact in facts):.1%}",
+        "worst sin∠ of the SVD": f"{max(sines):.1e}" if sines else "no gaps",
+        "rank, γ": f"{adapter.config.rank}, {adapter.config.gamma:g}",
+        "layers, parameters": f"{len(facts)}, {adapter.num_parameters:,}",
+    }
+    items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles.items())
+    return f'<dl class="tiles">{items}</dl>'
+
+
+def _anomalies(anomalies: Sequence[Anomaly]) -> str:
+    if not anomalies:
+        return '<section><h2>Out of the ordinary</h2><p class="quiet">Nothing.</p></section>'
+    items = "".join(
+        f"<li><code>{escape(anomaly.layer)}</code> {escape(anomaly.text)}</li>" for anomaly in anomalies[:MAX_ANOMALIES]
+    )
+    more = len(anomalies) - MAX_ANOMALIES
+    rest = f'<p class="quiet">and {more} more, in the terminal</p>' if more > 0 else ""
+    return f'<section><h2>Out of the ordinary</h2><ul class="odd">{items}</ul>{rest}</section>'
+
+
+def _stacks(facts: Sequence[LayerFacts]) -> dict[str, list[LayerFacts]]:
+    stacks: dict[str, list[LayerFacts]] = {}
+    for fact in facts:
+        stacks.setdefault(fact.place.stack, []).append(fact)
+    return stacks
+
+
+def _of_stack(stack: str, facts: list[LayerFacts]) -> str:
+    """The four pictures of one list of blocks."""
+    kinds = {kind: layers for (_, kind), layers in by_kind(facts).items()}
+    names = short_kinds(list(kinds))
+    rank = max(len(fact.report.singular_values) for fact in facts)
+    spectra = [
+        Series(names[kind], [(i + 1, _median_ratio(layers, i)) for i in range(rank)]) for kind, layers in kinds.items()
+    ]
+    energies = [
+        Series(names[kind], [(r, median(fact.energy_at(r) for fact in layers)) for r in range(1, rank + 1)])
+        for kind, layers in kinds.items()
+    ]
+    norms = [
+        Series(names[kind], [(fact.place.depth or 0, fact.report.gradient_norm) for fact in layers])
+        for kind, layers in kinds.items()
+    ]
+    heading = escape(stack or "outside of the blocks")
+    figures = [
+        _figure("Captured energy", "Share of ‖G‖² in the rank-r adapter, by depth and layer type", _energy_map(facts)),
+        _figure("Gradient norm", "‖G‖ by depth", line_chart(norms, "block", log=True)),
+        _figure("Singular spectra", "σᵢ/σ₁ of G, median over depth", line_chart(spectra, "i", log=True)),
+        _figure("Energy against rank", "Share of ‖G‖² that rank r would capture, median", line_chart(energies, "r")),
+    ]
+    return f"<section><h2><code>{heading}</code></h2>{''.join(figures)}</section>"
+
+
+def _median_ratio(layers: Sequence[LayerFacts], index: int) -> float:
+    """Of σ_{index+1}/σ_1; 0 where no layer has that many."""
+    values = [fact.report.singular_values for fact in layers]
+    ratios = [v[index] / v[0] for v in values if len(v) > index and v[0] > 0]
+    return median(ratios) if ratios else 0.0
+
+
+def _energy_map(facts: list[LayerFacts]) -> str:
+    energies = {fact.name: fact.report.captured_energy for fact in facts}
+    low = math.floor(10 * min(energies.values())) / 10
+    drawn = _depth_map(facts, energies, low, 1.0, "{:.1%} captured")
+    return heat_scale(f"{low:.0%}", "100%") + drawn
+
+
+def _depth_map(facts: Sequence[LayerFacts], values: Mapping[str, float], low: float, high: float, told: str) -> str:
+    """A heat map over layer type × depth of values by layer name."""
+    shown = [fact for fact in facts if fact.name in values]
+    kinds = list(dict.fromkeys(fact.place.kind for fact in shown))
+    depths = sorted({fact.place.depth for fact in shown if fact.place.depth is not None}) or [0]
+    cells = {
+        (kinds.index(fact.place.kind), depths.index(fact.place.depth or depths[0])): Cell(
+            values[fact.name], f"{fact.name}: {told.format(values[fact.name])}"
+        )
+        for fact in shown
+    }
+    names = short_kinds(kinds)
+    return heat_map([names[kind] for kind in kinds], [str(depth) for depth in depths], cells, low, high)
+
+
+def _losses(adapter: Adapter) -> str:
+    """Bars of the losses before and after the step, and after training."""
+    loss, training = adapter.loss, adapter.training or {}
+    values = {f"before the step, {loss.rows} rows": loss.before, f"after the step, {loss.rows} rows": loss.after}
+    values |= {
+        name: training[key]
+        for name, key in (("first of the training", "first_loss"), ("last of the training", "last_loss"))
+        if training.get(key) is not None
+    }
+    top = max(value for value in values.values() if value is not None)
+    bars = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td class="bar"><i style="width:{100 * (value or 0) / top:.1f}%"></i>'
+        f"</td><td>{'not finite' if value is None else f'{value:.4f}'}</td></tr>"
+        for name, value in values.items()
+    )
+    return f'<section><h2>Loss</h2><table class="bars">{bars}</table></section>'
+
+
+def _comparison(facts: Sequence[LayerFacts], comparison: Comparison, other_name: str) -> str:
+    layers = comparison.layers
+    largest = [max(both.output_angles + both.input_angles) for both in layers.values()]
+    cosines = {name: both.cosine for name, both in layers.items()}
+    maps = "".join(
+        _figure("Agreement", f"Cosine of the two updates in {stack or 'other layers'}", _agreement(group, cosines))
+        for stack, group in _stacks([fact for fact in facts if fact.name in cosines]).items()
+    )
+    rows = [
+        [
+            name,
+            f"{max(both.output_angles):.1f}°",
+            f"{max(both.input_angles):.1f}°",
+            f"{both.cosine:.3f}",
+            "–" if both.ratio is None else f"{both.ratio:.3g}",
+        ]
+        for name, both in layers.items()
+    ]
+    missing = [
+        f"<p>Only in {escape(where)}: {len(names)} layers, such as <code>{escape(names[0])}</code></p>"
+        for where, names in (("this adapter", comparison.only_first), (other_name, comparison.only_second))
+        if names
+    ]
+    head = ["layer", "largest angle, outputs", "largest angle, inputs", "cosine of ΔW", "‖ΔW‖ ratio"]
+    return (
+        f"<section><h2>Compared with <code>{escape(other_name)}</code></h2>"
+        f"<p>Median over layers: largest principal angle {median(largest):.1f}°, cosine of the updates"
+        f" {median(cosines.values()):.3f}.</p>{''.join(missing)}{maps}"
+        f"<details><summary>All layers</summary>{_table(head, rows)}</details></section>"
+    )
+
+
+def _agreement(facts: Sequence[LayerFacts], cosines: Mapping[str, float]) -> str:
+    return heat_scale("0", "1") + _depth_map(facts, cosines, 0.0, 1.0, "cosine {:.3f}")
+
+
+def _provenance(adapter: Adapter) -> str:
+    record: dict[str, Any] = {
+        **{f"base {key}": value for key, value in adapter.base.items()},
+        **{f"data {key.replace('_', ' ')}": value for key, value in adapter.sample.items() if key != "options"},
+        "α, scaling": f"{adapter.config.alpha:g}, {adapter.config.scaling}, s = {adapter.config.scale:.4g}",
+        "target modules": adapter.config.target_modules,
+        "seed": adapter.config.seed,
+        "preconditioner": f"{adapter.preconditioner.kind}, damping {adapter.preconditioner.damping:g}",
+        **{f"training {key.replace('_', ' ')}": value for key, value in (adapter.training or {}).items()},
+    }
+    rows = [[key, str(value)] for key, value in record.items() if value is not None]
+    return f"<section><h2>Where it comes from</h2>{_table(None, rows, 'facts')}</section>"
+
+
+def _layers(facts: Sequence[LayerFacts]) -> str:
+    head = ["layer", "out × in", "start", "‖G‖", "σ₁", "σ_r/σ₁", "captured", "sin∠", "‖ΔW‖"]
+    rows = []
+    for fact in facts:
+        report = fact.report
+        top, last = report.singular_values[0], report.singular_values[-1]
+        rows.append(
+            [
+                fact.name,
+                "{} × {}".format(*report.shape),
+                report.init,
+                f"{report.gradient_norm:.2e}",
+                f"{top:.2e}",
+                f"{last / top:.3f}" if top else "–",
+                f"{report.captured_energy:.1%}",
+                "no gap" if report.sine is None else f"{report.sine:.0e}",
+                f"{fact.step_norm:.3g}",
+            ]
+        )
+    count = len(by_depth(list(facts)))
+    return (
+        f"<section><h2>Layers</h2><details><summary>All {len(rows)}, of {count} blocks</summary>"
+        f"{_table(head, rows)}</details></section>"
+    )
+
+
+def _figure(title: str, text: str, drawing: str) -> str:
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(text)}</figcaption>{drawing}</figure>"
+
+
+def _table(head: Sequence[str] | None, rows: Sequence[Sequence[str]], style: str = "") -> str:
+    top = "" if head is None else f"<thead><tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr></thead>"
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    return f'<div class="scroll"><table class="{style}">{top}<tbody>{body}</tbody></table></div>'

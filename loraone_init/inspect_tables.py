@@ -1,0 +1,131 @@
+"""What `loraone-inspect` prints: anomalies first, then groups of layers by type and by depth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .adapter import Adapter
+from .comparison import Comparison, LayerComparison
+from .inspection import Anomaly, LayerFacts, by_depth, by_kind
+from .layer_names import place_of
+from .report import count
+
+MAX_ANOMALIES = 12
+_COLUMNS = ("layers", "‖G‖", "σ_r/σ₁", "captured min", "median", "sin∠ max", "‖ΔW‖")
+
+
+def print_adapter(
+    adapter: Adapter, facts: Sequence[LayerFacts], anomalies: Sequence[Anomaly], every_layer: bool
+) -> None:
+    console = Console()
+    _print_head(console, adapter)
+    _print_anomalies(console, anomalies, every_layer)
+    layers = list(facts)
+    kinds = {_joined(stack, kind): group for (stack, kind), group in by_kind(layers).items()}
+    console.print(_table("layer type", kinds))
+    depths = {_joined(stack, str(depth)): group for (stack, depth), group in by_depth(layers).items()}
+    if depths:
+        console.print(_table("block", depths))
+    if every_layer:
+        console.print(_table("layer", {fact.name: [fact] for fact in layers}))
+
+
+def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> None:
+    console = Console()
+    console.print(Text(f"Against {other}: principal angles, 0° where the subspaces agree", style="bold"))
+    groups: dict[str, list[LayerComparison]] = {}
+    for name, both in comparison.layers.items():
+        place = place_of(name)
+        groups.setdefault(name if every_layer else _joined(place.stack, place.kind), []).append(both)
+    table = Table(box=None, pad_edge=False)
+    columns = ("∠ out max", "∠ in max", "∠ out mean", "∠ in mean", "cos ΔW", "‖ΔW‖ ratio")
+    table.add_column("layer" if every_layer else "layer type, median", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, alike in groups.items():
+        ratios = [both.ratio for both in alike if both.ratio is not None]
+        table.add_row(
+            Text(name),
+            f"{median(both.output_angles[-1] for both in alike):.1f}°",
+            f"{median(both.input_angles[-1] for both in alike):.1f}°",
+            f"{median(_mean(both.output_angles) for both in alike):.1f}°",
+            f"{median(_mean(both.input_angles) for both in alike):.1f}°",
+            f"{median(both.cosine for both in alike):.3f}",
+            f"{median(ratios):.3g}" if ratios else "–",
+        )
+    console.print(table)
+    for where, names in (("the first", comparison.only_first), ("the second", comparison.only_second)):
+        if names:
+            console.print(Text(f"only in {where}: {count(len(names), 'layer')}, such as {names[0]}"))
+
+
+def _print_head(console: Console, adapter: Adapter) -> None:
+    config, loss = adapter.config, adapter.loss
+    after = "not finite" if loss.after is None else f"{loss.after:.4f}"
+    damping = f"{adapter.preconditioner.kind}, damping {adapter.preconditioner.damping:g}"
+    lines = {
+        "base": str(adapter.base.get("name")),
+        "layers": f"{len(adapter.layers)} of rank {config.rank}, {adapter.num_parameters:,} parameters",
+        "settings": f"α {config.alpha:g}, γ {config.gamma:g}, {config.scaling}, s = {config.scale:.4g}, {damping}",
+        "loss": f"{loss.before:.4f} → {after} by the step, on {count(loss.rows, 'row')}",
+    }
+    if adapter.training is not None:
+        first, last = adapter.training["first_loss"], adapter.training["last_loss"]
+        told = f", loss {first:.4f} → {last:.4f}" if first is not None else ""
+        lines["trained"] = f"{count(adapter.training['steps'], 'step')}{told}"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, line in lines.items():
+        table.add_row(label, Text(line))
+    console.print(table)
+
+
+def _print_anomalies(console: Console, anomalies: Sequence[Anomaly], every_one: bool) -> None:
+    if not anomalies:
+        console.print("\n[bold]Nothing out of the ordinary[/bold]\n")
+        return
+    console.print(f"\n[bold]Out of the ordinary: {len(anomalies)}[/bold]")
+    shown = anomalies if every_one else anomalies[:MAX_ANOMALIES]
+    for anomaly in shown:
+        console.print(Text(f"  {anomaly.layer}: {anomaly.text}"))
+    if len(shown) < len(anomalies):
+        console.print(f"  and {len(anomalies) - len(shown)} more (--layers shows all)")
+    console.print()
+
+
+def _table(head: str, groups: dict[str, list[LayerFacts]]) -> Table:
+    """A line for each group; of norms and ratios the median, unless the name of the column says otherwise."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(head, no_wrap=True)
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    for name, layers in groups.items():
+        reports = [fact.report for fact in layers]
+        sines = [report.sine for report in reports if report.sine is not None]
+        ratios = [r.singular_values[-1] / r.singular_values[0] for r in reports if r.singular_values[0] > 0]
+        table.add_row(
+            Text(name),
+            str(len(layers)),
+            f"{median(report.gradient_norm for report in reports):.2e}",
+            f"{median(ratios):.3f}" if ratios else "–",
+            f"{min(report.captured_energy for report in reports):.1%}",
+            f"{median(report.captured_energy for report in reports):.1%}",
+            f"{max(sines):.0e}" if sines else "no gap",
+            f"{median(fact.step_norm for fact in layers):.3g}",
+        )
+    return table
+
+
+def _joined(stack: str, name: str) -> str:
+    return f"{stack}.*.{name}" if stack and not name.isdigit() else f"{stack}.{name}".lstrip(".")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
