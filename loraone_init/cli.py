@@ -13,6 +13,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import InitConfig
     from .data import DataOptions
+    from .ranks import Ranks
 
 
 @click.command("loraone-init", cls=Command, context_settings=CONTEXT)
@@ -77,12 +78,22 @@ def main(verbose: bool, quiet: bool, **options: Any) -> None:
     """
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    with one_line_errors(verbose):
-        _run(verbose, quiet, **options)
+    from .ranks import joined
+
+    with one_line_errors(verbose), joined(options["device"], verbose) as ranks:
+        _run(ranks, verbose, quiet, **options)
 
 
 def _run(
-    verbose: bool, quiet: bool, *, model: str, data: str, output: Path | None, as_json: bool, **options: Any
+    ranks: Ranks,
+    verbose: bool,
+    quiet: bool,
+    *,
+    model: str,
+    data: str,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     from .adapter_files import check_output
     from .data import load_batches
@@ -91,23 +102,27 @@ def _run(
     from .initialization import initialize
     from .memory import parse_size, use_one_heap
     from .models import open_model
-    from .report import Bars, print_summary, summarize, warn_if_worse
+    from .report import Bars, own_peaks, print_summary, summarize, warn_if_worse
+    from .sources import resolve_model
 
     config = _init_config(options)
     _data_options(options)
     max_memory = parse_size(options["max_memory"]) if options["max_memory"] else None
-    if output is not None:
+    is_main = ranks.rank == 0
+    if output is not None and is_main:
         check_output(output, options["overwrite"])
-    start_logging(quiet, verbose)
+    start_logging(quiet, verbose, silent=not is_main)
     use_one_heap()
-    with Bars(shown=not (quiet or as_json)) as monitor:
+    with Bars(shown=is_main and not (quiet or as_json)) as monitor:
         with monitor.timed("open"):
+            source = {key: options[key] for key in ("revision", "token", "trust_remote_code")}
+            if ranks.size > 1:
+                with ranks.first():
+                    resolve_model(model, **source)
             opened = open_model(
                 model,
-                revision=options["revision"],
-                token=options["token"],
-                trust_remote_code=options["trust_remote_code"],
-                device=options["device"],
+                **source,
+                device=ranks.device,
                 dtype=options["dtype"],
                 block_path=options["block_path"],
                 weights=not options["dry_run"],
@@ -116,18 +131,23 @@ def _run(
             raise ModelError(
                 f"{model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
             )
-        with monitor.timed("data"):
+        with monitor.timed("data"), ranks.first():
             on_cpu = opened.device.type == "cpu"
             options["batch_tokens"] = options["batch_tokens"] or (512 if on_cpu else 8192)
             sample = load_batches(data, opened.tokenizer, _data_options(options), token=options["token"])
         if options["dry_run"]:
-            print_plan(plan(opened, sample, config), as_json)
+            if is_main:
+                print_plan(plan(opened, sample, config), as_json)
             return
         assert output is not None
-        adapter = initialize(opened, sample, config, max_memory=max_memory, monitor=monitor)
+        adapter = initialize(opened, sample, config, max_memory=max_memory, monitor=monitor, ranks=ranks)
+        processes = ranks.gather(own_peaks())
+        ranks.finish()
+        if not is_main:
+            return
         with monitor.timed("save"):
             adapter.save(output, overwrite=options["overwrite"])
-    summary = summarize(adapter, output, monitor)
+    summary = summarize(adapter, output, monitor, processes)
     if not quiet or as_json:
         print_summary(summary, as_json)
     warn_if_worse(adapter.loss, adapter.config.gamma)

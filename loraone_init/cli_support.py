@@ -77,17 +77,22 @@ def one_line_errors(verbose: bool) -> Iterator[None]:
     try:
         with _terminated_as_interrupted():
             yield
-    except LoraOneError as error:
-        _fail(str(error), verbose)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", verbose)
     except BrokenPipeError:
         raise
-    except Exception as error:
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
-            _fail("out of memory; lower --batch-tokens, --max-length or --samples, or close other programs", verbose)
-        message = " ".join(str(error).split())[:300]
-        _fail(f"{type(error).__name__}: {message} (unforeseen; --verbose shows where: please report it)", verbose)
+    except (Exception, KeyboardInterrupt) as error:
+        fail(failure_text(error), verbose)
+
+
+def failure_text(error: BaseException) -> str:
+    """What the user is told of an error."""
+    if isinstance(error, LoraOneError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; nothing was written"
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+        return "out of memory; lower --batch-tokens, --max-length or --samples, or close other programs"
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {message} (unforeseen; --verbose shows where: please report it)"
 
 
 @contextmanager
@@ -103,19 +108,21 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str, verbose: bool) -> NoReturn:
+def fail(message: str, verbose: bool) -> NoReturn:
+    """End with exit code 1 and one line; inside an except clause, `verbose` adds its traceback."""
     if verbose:
         traceback.print_exc()
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(1)
 
 
-def start_logging(quiet: bool, verbose: bool) -> None:
-    """Our messages go to standard error; the libraries' only with --verbose."""
+def start_logging(quiet: bool, verbose: bool, silent: bool = False) -> None:
+    """Our messages go to standard error; the libraries' only with --verbose. silent: not even warnings."""
     logger = logging.getLogger("loraone_init")
     logger.handlers = [_StandardError()]
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logger.setLevel(logging.ERROR if silent else level)
     if not verbose:
         warnings.simplefilter("ignore")
         from huggingface_hub.utils.tqdm import disable_progress_bars

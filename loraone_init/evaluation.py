@@ -13,8 +13,9 @@ from torch import nn
 
 from .adapter import LossReport
 from .factors import LoraPair
-from .gradients import check_losses, stream_losses
+from .gradients import check_losses, stream_losses, sum_losses
 from .objective import Objective, RowLosses
+from .ranks import Alone, Ranks, share_of
 from .streaming import BlockStack
 
 
@@ -56,19 +57,27 @@ def evaluate_step(
     scale: float,
     gamma: float,
     seed: int,
+    ranks: Ranks | None = None,
+    by_row: bool = False,
 ) -> LossReport:
     """Mean loss of W and of W + scale·B·A on some of the rows, drawn from `seed`.
+
+    ranks:  the processes that share the work, one by default; all give the same report.
+    by_row: whether they may divide a batch between them.
 
     If the step raises it, γ is doubled until one is found that lowers it: a step of scale·γ/γ'.
     """
     sample, _ = check_losses(losses)
     chosen, before_rows = _choose_rows(batches, losses, seed)
     before, _ = check_losses(before_rows)
+    ranks = ranks or Alone()
+    mine = [piece.batch for piece in share_of(chosen, ranks.rank, ranks.size, by_row)]
 
     def loss_at(step: float) -> float | None:
         with applied(pairs, targets, step):
-            rows = stream_losses(stack, objective, chosen)
-        loss = sum(float(r.sums.sum()) for r in rows) / sum(float(r.counts.sum()) for r in rows)
+            rows = stream_losses(stack, objective, mine)
+        totals, counts = zip(*ranks.gather(sum_losses(rows)), strict=True)
+        loss = sum(totals) / sum(counts)
         return loss if math.isfinite(loss) else None
 
     after = loss_at(scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from .errors import DataError, ModelError, NumericalError
 from .monitor import Monitor
 from .objective import Objective, RowLosses
 from .precision import full_precision
+from .ranks import Alone, Ranks
 from .streaming import BlockStack, Trace, stream_backward, stream_forward
 from .targets import layer_shape
 
@@ -59,7 +61,9 @@ class Collector:
         self._multiply(name)
         G = self._sums.pop(name, None)
         if G is None:
-            return LayerGradient(name, torch.zeros(layer_shape(self._targets[name])))
+            module = self._targets[name]
+            dtype = torch.promote_types(module.get_parameter("weight").dtype, torch.float32)
+            return LayerGradient(name, torch.zeros(layer_shape(module), dtype=dtype))
         return LayerGradient(name, G.div_(count))
 
     def _after_forward(
@@ -102,10 +106,13 @@ def stream_gradients(
     batches: Sequence[Any],
     monitor: Monitor | None = None,
     budget: ActivationBudget | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[list[RowLosses], Iterator[LayerGradient]]:
     """Losses of all batches, and the gradient of their overall mean for every target layer.
 
     budget: memory for what the forward computes and the backward needs; without it, that is computed again.
+    ranks:  the processes that share the work, one by default: `batches` and the losses are this one's, which may be
+            none; the mean is that of all, and the gradients are those that this one is to decompose.
 
     The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
     mode with frozen parameters.
@@ -125,8 +132,26 @@ def stream_gradients(
         forwards = [partial(objective.forward, batch) for batch in batches]
         traces = stream_forward(stack, forwards, finish, trained, partial(monitor.step, "forward"), budget)
     ordered = [losses[index] for index in range(len(batches))]
-    _, count = check_losses(ordered)
-    return ordered, _backward(stack, targets, collector, traces, count, monitor)
+    ranks = ranks or Alone()
+    order, count = _agree(stack, traces, ordered, ranks)
+    return ordered, _backward(stack, targets, collector, traces, order, count, monitor, ranks)
+
+
+def _agree(
+    stack: BlockStack, traces: list[Trace], losses: list[RowLosses], ranks: Ranks
+) -> tuple[tuple[int, ...], float]:
+    """The blocks in the order of the calls that were kept, and the number of terms of all ranks' losses."""
+    total, count = sum_losses(losses)
+    if count:
+        _check_finite(total / count)  # by the rank that it belongs to
+    own = tuple(call.block for call in traces[0].calls) if traces else None
+    parts = ranks.gather((own, losses))
+    _, count = check_losses([rows for _, part in parts for rows in part])
+    orders = {order for order, _ in parts if order is not None}
+    if len(orders) != 1:
+        called = "; ".join(", ".join(stack.names[block] for block in order) for order in sorted(orders))
+        raise ModelError(f"the processes take different ways through the model ({called}); use one process")
+    return orders.pop(), count
 
 
 def _backward(
@@ -134,19 +159,21 @@ def _backward(
     targets: Mapping[str, nn.Module],
     collector: Collector,
     traces: list[Trace],
+    order: Sequence[int],
     count: float,
     monitor: Monitor,
+    ranks: Ranks,
 ) -> Iterator[LayerGradient]:
     waiting = dict.fromkeys(targets)
-    num_calls = len(traces[0].calls)
     with collector.attached():
-        for done, block in enumerate(stream_backward(stack, traces), start=1):
-            monitor.step("backward", done, num_calls)
-            for name in _within(waiting, stack.names[block]):
+        for done, block in enumerate(stream_backward(stack, traces, order), start=1):
+            monitor.step("backward", done, len(order))
+            names = _within(waiting, stack.names[block])
+            for name in names:
                 del waiting[name]
-                yield collector.take(name, count)
-    for name in waiting:  # layers outside of all blocks, or never reached
-        yield collector.take(name, count)
+            yield from ranks.share(collector.take(name, count) for name in names)
+    # layers outside of all blocks, or never reached
+    yield from ranks.share(collector.take(name, count) for name in waiting)
 
 
 def stream_losses(stack: BlockStack, objective: Objective, batches: Sequence[Any]) -> list[RowLosses]:
@@ -164,14 +191,21 @@ def stream_losses(stack: BlockStack, objective: Objective, batches: Sequence[Any
 
 def check_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
     """(mean loss, number of terms) over all rows."""
-    total = sum(float(rows.sums.sum()) for rows in losses)
-    count = sum(float(rows.counts.sum()) for rows in losses)
+    total, count = sum_losses(losses)
     if count == 0:
         raise DataError("the batches have no trainable tokens: every label is masked")
-    mean = total / count
-    if mean != mean or mean in (float("inf"), float("-inf")):
+    _check_finite(total / count)
+    return total / count, count
+
+
+def sum_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
+    """(summed loss, number of terms) over all rows."""
+    return sum(float(rows.sums.sum()) for rows in losses), sum(float(rows.counts.sum()) for rows in losses)
+
+
+def _check_finite(mean: float) -> None:
+    if not math.isfinite(mean):
         raise NumericalError(f"the loss is {mean}; check the weights; in half precision, --dtype float32 may help")
-    return mean, count
 
 
 def _within(names: Mapping[str, Any], block: str) -> list[str]:

@@ -22,7 +22,8 @@ from .gradients import LayerGradient, stream_gradients
 from .memory import describe_size, used_memory
 from .models import OpenModel, open_module
 from .monitor import Monitor
-from .objective import CausalLM, LossFunction, Objective, WholeModel
+from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
+from .ranks import Alone, Piece, Ranks, share_of
 from .svd import TruncatedSVD, layer_generator, truncated_svd
 from .targets import is_conv1d, layer_shape, select_targets
 
@@ -40,6 +41,7 @@ def initialize(
     loss: LossFunction | None = None,
     max_memory: int | None = None,
     monitor: Monitor | None = None,
+    ranks: Ranks | None = None,
 ) -> Adapter:
     """The LoRA-One adapter of `model` for `batches`; the model is left as it was.
 
@@ -50,12 +52,15 @@ def initialize(
     max_memory: bytes that may be used on the device. What is left of them holds activations, which are otherwise
              computed again in the backward; the adapter is the same, bit for bit.
     monitor: is told of progress and keeps the seconds of each stage.
+    ranks:   the processes that share the work, this one alone by default; each is given all batches and returns the
+             same adapter.
 
     Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large), DataError (nothing to train on),
     NumericalError (a loss or gradient is not finite; names the layer).
     """
     config = config or InitConfig()
     monitor = monitor or Monitor()
+    ranks = ranks or Alone()
     opened = model if isinstance(model, OpenModel) else open_module(model, config.block_path)
     if config.block_path not in (None, opened.block_path):
         raise ConfigError(f"the model was opened with block path {opened.block_path!r}, not {config.block_path!r}")
@@ -67,13 +72,26 @@ def initialize(
     if not rows:
         raise DataError("there are no batches; give at least one")
     objective.check(rows)
-    budget = None if max_memory is None else _activation_budget(opened, targets, rows, max_memory)
+    by_row = loss is None
+    mine = share_of(rows, ranks.rank, ranks.size, by_row)
+    own = [piece.batch for piece in mine]
+    budget = None if max_memory is None else _activation_budget(opened, targets, own, max_memory)
     with _frozen(opened.module):
-        losses, gradients = stream_gradients(opened.stack, targets, objective, rows, monitor, budget)
-        pairs, layers = _initialize_layers(gradients, config, monitor)
+        losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, budget, ranks)
+        pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
         with monitor.timed("evaluate"):
             report = evaluate_step(
-                opened.stack, objective, rows, losses, pairs, targets, config.scale, config.gamma, config.seed
+                opened.stack,
+                objective,
+                rows,
+                _join_losses(ranks, mine, losses),
+                pairs,
+                targets,
+                config.scale,
+                config.gamma,
+                config.seed,
+                ranks,
+                by_row,
             )
     return Adapter(
         pairs={name: pairs[name] for name in targets},
@@ -106,6 +124,23 @@ def _initialize_layers(
         with monitor.timed("svd"):
             pairs[gradient.name], layers[gradient.name] = _initialize_layer(gradient, config)
         del gradient
+
+
+def _collect(
+    ranks: Ranks, pairs: dict[str, LoraPair], layers: dict[str, LayerReport]
+) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
+    """The layers of all ranks: each has decomposed its own."""
+    parts = ranks.gather((pairs, layers))
+    return {k: v for part, _ in parts for k, v in part.items()}, {k: v for _, part in parts for k, v in part.items()}
+
+
+def _join_losses(ranks: Ranks, pieces: Sequence[Piece], losses: Sequence[RowLosses]) -> list[RowLosses]:
+    """The losses of all batches, from those of the pieces that the ranks took; theirs follow in order of ranks."""
+    joined: dict[int, RowLosses] = {}
+    for part in ranks.gather([(piece.index, rows) for piece, rows in zip(pieces, losses, strict=True)]):
+        for index, rows in part:
+            joined[index] = joined[index].followed_by(rows) if index in joined else rows
+    return [joined[index] for index in sorted(joined)]
 
 
 def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[LoraPair, LayerReport]:

@@ -30,6 +30,10 @@ class RowLosses:
     sums: torch.Tensor
     counts: torch.Tensor
 
+    def followed_by(self, other: RowLosses) -> RowLosses:
+        """Those of both, these rows first."""
+        return RowLosses(torch.cat([self.sums, other.sums]), torch.cat([self.counts, other.counts]))
+
 
 class Objective(Protocol):
     """What is differentiated: the sum of a batch's losses; the mean's 1/count is applied to the finished gradient."""

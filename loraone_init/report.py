@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -56,8 +56,18 @@ class Bars(Monitor):
         self._bars.update(self._tasks[stage], completed=done, total=total)
 
 
-def summarize(adapter: Adapter, output: Path, monitor: Monitor) -> dict[str, Any]:
-    """The run's figures: what --json prints, and the table shows."""
+Peaks = tuple[int | None, int | None]
+"""Peak bytes of a process: resident, and on its CUDA device. None where that is unknown, or there is none."""
+
+
+def own_peaks() -> Peaks:
+    """Of this process."""
+    return peak_memory(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Sequence[Peaks]) -> dict[str, Any]:
+    """The run's figures: what --json prints, and the table shows. processes: the peaks of each."""
+    resident, device = zip(*processes, strict=True)
     layers = adapter.layers.values()
     captured = [layer.captured_energy for layer in layers]
     sines = [layer.sine for layer in layers if layer.sine is not None]
@@ -80,9 +90,10 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor) -> dict[str, Any
         "sample": dict(adapter.sample),
         "loss": asdict(adapter.loss),
         "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
-        "peak_memory_bytes": peak_memory(),
+        "processes": len(processes),
+        "peak_memory_bytes": max((peak for peak in resident if peak is not None), default=None),
         "trainers": lines_for_trainers(adapter.base.get("name"), output),
-        "peak_device_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "peak_device_memory_bytes": max((peak for peak in device if peak is not None), default=None),
     }
 
 
@@ -144,7 +155,8 @@ def count(number: int, what: str) -> str:
 def _describe_peak(summary: Mapping[str, Any]) -> str:
     peak, device = summary["peak_memory_bytes"], summary["peak_device_memory_bytes"]
     text = "unknown" if peak is None else describe_size(peak)
-    return text if device is None else f"{text}, {describe_size(device)} on the device"
+    text = text if device is None else f"{text}, {describe_size(device)} on the device"
+    return text if summary["processes"] == 1 else f"{text}; the largest of {summary['processes']} processes"
 
 
 def describe_sample(sample: Mapping[str, Any]) -> str:

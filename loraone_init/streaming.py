@@ -12,7 +12,7 @@ a position bias) need nothing special.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -222,16 +222,18 @@ def _changes_inputs(block: str) -> ModelError:
     return ModelError(f"block {block} changes its inputs in place; it cannot be computed again")
 
 
-def stream_backward(stack: BlockStack, traces: Sequence[Trace]) -> Iterator[int]:
+def stream_backward(stack: BlockStack, traces: Sequence[Trace], order: Sequence[int] | None = None) -> Iterator[int]:
     """Back-propagate through all blocks in reverse, all micro-batches through a block at a time.
 
+    order: the blocks as called, which traces tell; a process without any follows the others'.
     Yields the index of a block when all its gradients have been collected (by hooks on its layers). Traces are
     emptied on the way.
     """
-    order = [call.block for call in traces[0].calls] if traces else []
+    if order is None:
+        order = [call.block for call in traces[0].calls] if traces else []
     for step in reversed(range(len(order))):
         block = order[step]
-        with stack.store.loaded(stack.names[block]):
+        with stack.store.loaded(stack.names[block]) if traces else nullcontext():
             for trace in traces:
                 _backward_block(stack, trace.calls.pop())
         if block not in order[:step]:  # a block that is used again earlier is not done yet
