@@ -149,6 +149,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
             "sample",
             "loss",
             "seconds",
+            "processes",
             "peak_memory_bytes",
             "peak_device_memory_bytes",
             "trainers",
