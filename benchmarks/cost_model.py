@@ -1,0 +1,305 @@
+"""What an initialisation costs, as formulas: bytes moved, floating-point operations and memory, by stage and placement.
+
+    python benchmarks/cost_model.py      # writes the tables of docs/scaling.md anew
+
+The constants are those that were measured where there are measurements (benchmarks/results), else data sheets'.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent / "docs" / "scaling.md"
+
+Placement = Literal["device", "host", "disk"]
+PASSES = 3  # forward, backward, evaluation: each needs every block once
+WEIGHT, GRADIENT = 2, 4  # bytes of bf16 and fp32
+ACTIVATIONS = 1.4  # a block's graph, for each element into or out of a linear layer; as in loraone_init.estimate
+LOGITS = 3 * 4 * 2**22  # bytes of the head's buffers; as in loraone_init.objective
+RESERVE = 0.9  # of a memory that can be filled
+SVD_VECTORS, SVD_ITERATIONS = 24, 5
+BLOCKS_ON_DEVICE = {"host": 2, "disk": 2}  # one computes while the next one arrives
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama: `kv` is the width of keys and values, `rows` of `length` tokens are its sample."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    kv: int
+    layers: int
+    vocabulary: int
+    rows: int = 64
+    length: int = 1024
+    batch_tokens: int = 8192
+
+    @property
+    def block(self) -> int:
+        """Parameters of one block's linear layers."""
+        return 2 * self.hidden**2 + 2 * self.hidden * self.kv + 3 * self.hidden * self.intermediate
+
+    @property
+    def blocks(self) -> int:
+        return self.layers * self.block
+
+    @property
+    def outside(self) -> int:
+        """Parameters of embeddings and head."""
+        return 2 * self.vocabulary * self.hidden
+
+    @property
+    def weight_bytes(self) -> int:
+        return WEIGHT * (self.blocks + self.outside)
+
+    @property
+    def widths(self) -> int:
+        """Elements into and out of a block's linear layers, for one token."""
+        return 6 * self.hidden + 2 * (self.hidden + self.kv) + 3 * self.intermediate + self.hidden
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in bytes or floating-point operations per second, memories in bytes."""
+
+    matrix_rate: float
+    efficiency: float  # share of it that whole blocks reach
+    memory_rate: float
+    device_memory: float
+    host_memory: float  # of a node
+    host_to_device: float
+    disk: float  # of a node
+    file_cache: float  # for each process
+    link: float  # between the GPUs of a node, one direction
+    network: float  # between nodes, for each GPU
+    gpus: int  # of a node
+    svd_overhead: float  # seconds for each layer: small products, QR, waiting for the host
+
+
+H100_NODE = Machine(
+    matrix_rate=989e12,
+    efficiency=0.5,
+    memory_rate=0.5 * 3.35e12,
+    device_memory=80e9,
+    host_memory=2e12,
+    host_to_device=0.8 * 64e9,
+    disk=7e9,
+    file_cache=5e9,
+    link=0.7 * 450e9,
+    network=0.7 * 50e9,
+    gpus=8,
+    svd_overhead=0.05,
+)
+LLAMA_70B = Model("Llama-3.1-70B", 8192, 28672, 1024, 80, 128256)
+LLAMA_405B = Model("Llama-3.1-405B", 16384, 53248, 1024, 126, 128256)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one rank; seconds by stage, in order."""
+
+    placement: Placement
+    device_bytes: float
+    host_bytes: float  # of a node
+    inputs_on_host: bool
+    moved_bytes: float
+    flops: float
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def device_bytes(model: Model, ranks: int, placement: Placement, inputs: bool = True) -> float:
+    """Weights outside of blocks, blocks, a block's gradients and a copy of the largest, a micro-batch, block inputs."""
+    blocks = model.layers if placement == "device" else BLOCKS_ON_DEVICE[placement]
+    gradients = GRADIENT * (model.block + model.hidden * model.intermediate)
+    tokens = min(model.batch_tokens, _tokens(model.rows, model, ranks))
+    working = max(ACTIVATIONS * WEIGHT * model.widths * tokens, LOGITS)
+    kept = input_bytes(model, ranks) if inputs else 0.0
+    return WEIGHT * (model.outside + blocks * model.block) + gradients + working + kept
+
+
+def input_bytes(model: Model, ranks: int) -> float:
+    """Of all blocks, for the rows of one rank: kept from the forward to the backward."""
+    return float(WEIGHT * model.layers * model.hidden * _tokens(model.rows, model, ranks))
+
+
+def predict(model: Model, ranks: int, machine: Machine) -> Cost:
+    """With the first placement that fits, as `--placement auto` chooses."""
+    placement, on_host = _place(model, ranks, machine)
+    tokens = _tokens(model.rows, model, ranks)
+    evaluated = _tokens(num_evaluated(model.rows), model, ranks)
+    rate = machine.matrix_rate * machine.efficiency
+    forward, head = _forward_flops(model, tokens), 4.0 * model.vocabulary * model.hidden * tokens
+    evaluate = _forward_flops(model, evaluated) + head / 2 * evaluated / tokens
+    loads = list(_load_seconds(model, machine, placement))
+    inputs = input_bytes(model, ranks) / machine.host_to_device if on_host else 0.0
+    seconds = {
+        "open": _open_seconds(model, machine, placement),
+        "forward": max(forward / rate, loads[0] + inputs) + head / rate,
+        "backward": max(3 * forward / rate, loads[1] + inputs),
+        "reduce": _reduce_seconds(model, ranks, machine),
+        "svd": _svd_seconds(model, ranks, machine),
+        "evaluate": max(evaluate / rate, loads[2]),
+    }
+    node = min(ranks, machine.gpus)
+    streamed = 0.0 if placement == "device" else PASSES * WEIGHT * model.blocks
+    kept = input_bytes(model, ranks) if on_host else 0.0
+    return Cost(
+        placement=placement,
+        device_bytes=device_bytes(model, ranks, placement, not on_host),
+        host_bytes=node * (kept + (WEIGHT * model.blocks if placement == "host" else 0.0)),
+        inputs_on_host=on_host,
+        moved_bytes=streamed + 2 * kept + (GRADIENT * model.blocks if ranks > 1 else 0.0),
+        flops=4 * forward + head + evaluate,
+        seconds=seconds,
+    )
+
+
+def num_evaluated(rows: int) -> int:
+    """As loraone_init.evaluation has it."""
+    return max(1, min(rows // 4, max(8, rows // 8)))
+
+
+def _tokens(rows: int, model: Model, ranks: int) -> int:
+    """Of the rank that has the most."""
+    return math.ceil(rows / ranks) * model.length
+
+
+def _forward_flops(model: Model, tokens: int) -> float:
+    """Products with weights, and attention's own: Q·Kᵀ and its product with V, without the masked half."""
+    return 2.0 * model.blocks * tokens + 2.0 * model.layers * tokens * model.length * model.hidden
+
+
+def _place(model: Model, ranks: int, machine: Machine) -> tuple[Placement, bool]:
+    """(placement, whether the blocks' inputs go to the host)."""
+    room = RESERVE * machine.device_memory
+    if device_bytes(model, ranks, "device") <= room:
+        return "device", False
+    on_host = device_bytes(model, ranks, "host") > room
+    node = min(ranks, machine.gpus)
+    inputs = input_bytes(model, ranks) if on_host else 0.0
+    fits = node * (WEIGHT * model.blocks + inputs) <= RESERVE * machine.host_memory
+    return ("host" if fits else "disk"), on_host
+
+
+def _open_seconds(model: Model, machine: Machine, placement: Placement) -> float:
+    """Reading from the disk what stays; the ranks of a node read the same files, which the file cache gives them."""
+    parameters = model.outside if placement == "disk" else model.blocks + model.outside
+    return WEIGHT * parameters / machine.disk
+
+
+def _load_seconds(model: Model, machine: Machine, placement: Placement) -> Iterator[float]:
+    """Of all blocks, for each pass. The file cache holds them after the first one if the host's memory does."""
+    size = WEIGHT * model.blocks
+    cached = size <= RESERVE * machine.host_memory
+    for number in range(PASSES):
+        if placement == "device":
+            yield 0.0
+        elif placement == "host":
+            yield size / machine.host_to_device
+        else:
+            yield size / (min(machine.file_cache, machine.host_to_device) if number and cached else machine.disk)
+
+
+def _reduce_seconds(model: Model, ranks: int, machine: Machine) -> float:
+    """Each rank sends each layer's fp32 gradient once, to the one that decomposes it."""
+    if ranks == 1:
+        return 0.0
+    return GRADIENT * model.blocks / (machine.link if ranks <= machine.gpus else machine.network)
+
+
+def _svd_seconds(model: Model, ranks: int, machine: Machine) -> float:
+    """Each iteration reads G twice, and the largest layer of a block is one rank's."""
+    largest = model.hidden * model.intermediate
+    share = max(model.block / ranks, largest)
+    reading = 2 * SVD_ITERATIONS * GRADIENT * share / machine.memory_rate
+    return model.layers * (reading + math.ceil(7 / ranks) * machine.svd_overhead)
+
+
+def machine_for_predictions() -> tuple[Machine, bool]:
+    """An H100 node: by data sheets, or with the ceilings that benchmarks/gpu.py measured; and whether it did."""
+    file = HERE / "results" / "gpu.json"
+    if not file.is_file():
+        return H100_NODE, False
+    from gpu_cases.goals import stage_flops
+    from gpu_cases.shapes import LLAMA_2_7B
+
+    cases = json.loads(file.read_text())["cases"]
+    ceilings, ours = cases["ceilings"], cases["ours, device, 64 rows"]
+    rate = ceilings["bf16_tflops"] * 1e12
+    reached = stage_flops(LLAMA_2_7B, 64, ours["loss_rows"])["backward"] / ours["stages"]["backward"]
+    measured = replace(
+        H100_NODE,
+        matrix_rate=rate,
+        efficiency=reached / rate,
+        host_to_device=ceilings["host_to_device_gb_per_s"] * 1e9,
+        disk=ceilings["disk_gb_per_s"] * 1e9,
+        file_cache=ceilings["file_cache_gb_per_s"] * 1e9,
+    )
+    return measured, True
+
+
+def predictions_table(machine: Machine) -> str:
+    lines = [
+        "| model | GPUs | placement | on each GPU | host memory of a node | moved by each GPU | TFLOP of each |"
+        " open | forward | backward | reduce | SVD | evaluate | all |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_70B, LLAMA_405B):
+        for ranks in (1, 8, 64):
+            cost = predict(model, ranks, machine)
+            place = cost.placement + (", inputs in host memory" if cost.inputs_on_host else "")
+            amounts = (cost.device_bytes, cost.host_bytes, cost.moved_bytes)
+            cells = [model.name, str(ranks), place, *[f"{amount / 1e9:,.0f} GB" for amount in amounts]]
+            cells.append(f"{cost.flops / 1e12:,.0f}")
+            cells += [f"{seconds:,.0f} s" for seconds in (*cost.seconds.values(), cost.total)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cpu_table() -> str:
+    """What the stages of benchmarks/init.py reached of that CPU's matrix rate."""
+    from init import stage_flops
+
+    result: dict[str, Any] = json.loads((HERE / "results" / "init.json").read_text())
+    rate = result["machine"]["matrix_gflops"]
+    lines = ["| rows | stage | GFLOP | seconds | of the matrix rate |", "|---|---|---|---|---|"]
+    for rows, case in result["cases"].items():
+        ours = case["ours"]
+        for stage, flops in stage_flops(int(rows), ours["tokens"], ours["label_tokens"]).items():
+            seconds = ours["stages"][stage]
+            share = flops / seconds / 1e9 / rate
+            lines.append(f"| {rows} | {stage} | {flops / 1e9:,.0f} | {seconds:.1f} | {share:.0%} |")
+    return "\n".join([*lines, "", f"The matrix rate is {rate:.0f} GFLOP/s, of fp32 products of 2048³ on two threads."])
+
+
+def tables() -> dict[str, str]:
+    """What stands between the marks of docs/scaling.md."""
+    machine, _ = machine_for_predictions()
+    return {"cpu": cpu_table(), "predictions": predictions_table(machine)}
+
+
+def filled_in(text: str) -> str:
+    """The document with its tables as they are now."""
+    for name, table in tables().items():
+        marks = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", re.S)
+        text, replaced = marks.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        if replaced != 1:
+            raise SystemExit(f"{DOCUMENT} has no marks for the table {name!r}")
+    return text
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled_in(DOCUMENT.read_text()))
+    print("\n\n".join(tables().values()))
