@@ -52,6 +52,7 @@ class Group:
         self.device = device
         self.watch = Watch(store, rank, size)
         self.exchanged = False
+        self.finished = False
         self._store = store
         self._node = os.environ.get("GROUP_RANK", "0")
         self._turns = 0
@@ -106,12 +107,13 @@ class Group:
         yield
 
     def finish(self) -> None:
-        if not dist.is_initialized():
+        if self.finished:
             return
         self.gather(None)
         self.watch.stop()
         self.gather(None)  # nobody needs the store any more, which may be rank 0's
         dist.destroy_process_group()
+        self.finished = True
 
 
 @contextmanager
@@ -134,6 +136,8 @@ def join(device: str, verbose: bool) -> Iterator[Group]:
     except (SystemExit, GeneratorExit, BrokenPipeError):
         raise
     except BaseException as error:
+        if group.finished:  # the matter of this rank alone
+            raise
         _ignore_signals()
         text = _what_to_print(group, error)
         try:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 _INTERVAL = 1.0  # seconds between two beats
-_STALE = 40.0  # after which a rank on another machine counts as dead
+_STALE = 30.0  # after which a rank on another machine counts as dead
+_SILENT = 5.0  # the same, where a connection broke: then one is
 _GRACE = 5.0  # for the main thread to end by itself: after that the process is ended from here
 _ASK = 10.0  # for finding out why a connection broke
 _ALIKE = 2.0  # rank 0's error is told rather than the same one of another rank
 _POLL = 0.1
+_LOST = "the connection to torchrun's rendezvous is lost (did another machine end?); nothing was written"
 _STORE_TIMEOUT = timedelta(seconds=30)
 
 
@@ -59,20 +61,28 @@ class Watch:
     def own_failure(self, text: str) -> str | None:
         """This rank failed with `text`: what to print, None where another rank has printed already."""
         self._heard.set()
-        if self._rank != 0 and self._wait_for_news(_ALIKE, gone=False):
-            return None
-        return text if self._claim() else None
+        try:
+            told = self._rank != 0 and self._wait_for_news(_ALIKE, None) is not None
+        except RuntimeError:  # the store is gone, and nobody can be asked
+            told = False
+        return None if told or not self._claim() else text
 
     def failure_elsewhere(self, text: str) -> str | None:
-        """An exchange broke or this rank was interrupted: what to print, which is `text` only if no cause is found."""
+        """An exchange broke: what to print, which is `text` only if no cause is found."""
         self._heard.set()
-        news = self._wait_for_news(_ASK)
-        return (news or text) if self._claim() else None
+        try:
+            text = self._wait_for_news(_ASK, _SILENT) or text
+        except RuntimeError as error:
+            return f"{text}; so did that to the rendezvous: {type(error).__name__}"
+        return text if self._claim() else None
 
     def interruption(self) -> str | None:
         """What to print after Ctrl-C, or torchrun's signal, or this watch's own."""
         self._heard.set()
-        text = self._news() or "interrupted; nothing was written"
+        try:
+            text = self._news() or "interrupted; nothing was written"
+        except RuntimeError:
+            return _LOST
         return text if self._claim() else None
 
     def linger(self) -> None:
@@ -97,7 +107,7 @@ class Watch:
                     self._store.add(f"beat/{self._rank}", 1)
                 news = self._news()
             except RuntimeError:
-                news = "the connection to torchrun's rendezvous is lost; nothing was written"
+                news = _LOST
             if news and not self._over.is_set():
                 self._end(news)
                 return
@@ -113,24 +123,27 @@ class Watch:
             sys.stderr.flush()
         os._exit(1)
 
-    def _wait_for_news(self, seconds: float, gone: bool = True) -> str | None:
+    def _wait_for_news(self, seconds: float, stale: float | None) -> str | None:
         until = time.monotonic() + seconds
-        while (news := self._news(gone)) is None and time.monotonic() < until:
+        while (news := self._news(stale)) is None and time.monotonic() < until:
             time.sleep(_POLL)
         return news
 
-    def _news(self, gone: bool = True) -> str | None:
-        """Why the run has to end; None while all is well. gone: ask for ranks without a sign of life, too."""
+    def _news(self, stale: float | None = _STALE) -> str | None:
+        """Why the run has to end; None while all is well.
+
+        stale: seconds without a sign of life after which a rank counts as dead; None: it does not.
+        """
         with self._lock:
             if self._store.add("claims", 0):
                 return "another rank failed"
-            lost = [rank for rank in self._others if self._is_gone(rank)] if gone else []
+            lost = [] if stale is None else [rank for rank in self._others if self._is_gone(rank, stale)]
         if not lost:
             return None
         names = f"rank {lost[0]}" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))}"
         return f"{names} ended without a word (killed? out of memory?); nothing was written"
 
-    def _is_gone(self, rank: int) -> bool:
+    def _is_gone(self, rank: int, stale: float = _STALE) -> bool:
         if not self._store.check([f"process/{rank}"]) or self._store.check([f"left/{rank}"]):
             return False
         pid, _, node = self._store.get(f"process/{rank}").decode().partition(" ")
@@ -139,7 +152,7 @@ class Watch:
         beat, now = self._store.add(f"beat/{rank}", 0), time.monotonic()
         if beat != self._beats[rank][0]:
             self._beats[rank] = (beat, now)
-        return now - self._beats[rank][1] > _STALE
+        return now - self._beats[rank][1] > stale
 
     def _claim(self) -> bool:
         """Whether this rank is the first to say why the run ends; without a store, each says it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from torch.distributed.run import get_args_parser
 
 from loraone_init.cli import main
 from loraone_init.exporters.cli import main as export
@@ -72,6 +73,15 @@ def test_export_command_lines_parse(command):
 @pytest.mark.parametrize("command", commands("loraone-train"))
 def test_train_command_lines_parse(command):
     context = train.make_context("loraone-train", shlex.split(command)[1:])
+    assert str(context.params["output"]) in command
+
+
+@pytest.mark.parametrize("command", commands("torchrun"))
+def test_torchrun_lines_parse(command):
+    launch, program, arguments = re.split(r" (loraone-\w+) ", command)
+    given = get_args_parser().parse_args([*shlex.split(launch)[1:], program, *shlex.split(arguments)])
+    assert (given.no_python, given.training_script) == (True, program)
+    context = {"loraone-init": main, "loraone-train": train}[program].make_context(program, given.training_script_args)
     assert str(context.params["output"]) in command
 
 
