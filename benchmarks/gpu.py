@@ -25,8 +25,6 @@ from gpu_cases.goals import describe_goals, print_table
 from gpu_cases.measure import measure_ceilings
 from gpu_cases.shapes import LLAMA_2_7B, SMALL, Shape, make_checkpoint
 
-import loraone_init.config  # noqa: F401 - fail at once where the package is not installed
-
 HERE = Path(__file__).parent
 PLACEMENTS = ("device", "host", "disk")
 CAP = {"llama-2-7b": 6 * 2**30, "small": 2**30}

@@ -13,6 +13,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import InitConfig
     from .data import DataOptions
+    from .models import OpenModel
     from .ranks import Ranks
 
 
@@ -101,9 +102,7 @@ def _run(
     from .errors import ModelError
     from .initialization import initialize
     from .memory import parse_size, use_one_heap
-    from .models import open_model
     from .report import Bars, own_peaks, print_summary, summarize, warn_if_worse
-    from .sources import resolve_model
 
     config = _init_config(options)
     _data_options(options)
@@ -115,18 +114,7 @@ def _run(
     use_one_heap()
     with Bars(shown=is_main and not (quiet or as_json)) as monitor:
         with monitor.timed("open"):
-            source = {key: options[key] for key in ("revision", "token", "trust_remote_code")}
-            if ranks.size > 1:
-                with ranks.first():
-                    resolve_model(model, **source)
-            opened = open_model(
-                model,
-                **source,
-                device=ranks.device,
-                dtype=options["dtype"],
-                block_path=options["block_path"],
-                weights=not options["dry_run"],
-            )
+            opened = _open(ranks, model, options)
         if opened.tokenizer is None:
             raise ModelError(
                 f"{model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
@@ -151,6 +139,27 @@ def _run(
     if not quiet or as_json:
         print_summary(summary, as_json)
     warn_if_worse(adapter.loss, adapter.config.gamma)
+
+
+def _open(ranks: Ranks, model: str, options: dict[str, Any]) -> OpenModel:
+    """The model on this rank's device. What has to be fetched or converted is so by one rank of each node."""
+    from .models import open_model
+    from .sources import resolve_model
+
+    revision, token, trust = options["revision"], options["token"], options["trust_remote_code"]
+    if ranks.size > 1:
+        with ranks.first():
+            resolve_model(model, revision=revision, token=token, trust_remote_code=trust)
+    return open_model(
+        model,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust,
+        device=ranks.device,
+        dtype=options["dtype"],
+        block_path=options["block_path"],
+        weights=not options["dry_run"],
+    )
 
 
 def _init_config(options: dict[str, Any]) -> InitConfig:
