@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -78,6 +79,14 @@ def _rank(rank: int, size: int, port: int, directory: Path, arguments: list[str]
 def die_in_backward() -> None:
     """This rank is killed after the backward of one block."""
     _in_backward(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hang_in_backward() -> None:
+    """This rank waits where no interrupt reaches it, as in a NCCL call, and its watch is not patient with it."""
+    from loraone_init import watch
+
+    watch._GRACE = 0.5
+    _in_backward(lambda: ctypes.CDLL(None).sleep(1000))
 
 
 def run_out_of_memory_in_backward() -> None:

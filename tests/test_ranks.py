@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command, content, make_batches
-from rank_processes import Ended, die_in_backward, lose_the_loss, run_out_of_memory_in_backward, run_ranks
+from rank_processes import (
+    Ended,
+    die_in_backward,
+    hang_in_backward,
+    lose_the_loss,
+    run_out_of_memory_in_backward,
+    run_ranks,
+)
 
 from loraone_init import Adapter
 from loraone_init.distributed import Group
@@ -100,6 +107,14 @@ def test_failing_rank_ends_all(
     assert printed[0].startswith(f"Error: {message}")
     assert [rank.code for rank in ended] == [1, -9 if sabotage is die_in_backward else 1, 1]
     assert [rank.stdout for rank in ended] == [""] * 3
+    assert content(out) == {}
+
+
+def test_rank_that_hangs_is_ended(arguments: list[str], tmp_path: Path, out: Path) -> None:
+    sabotage = {0: hang_in_backward, 1: die_in_backward}
+    ended = run_ranks(2, tmp_path, [*arguments, "-o", str(out / "a.safetensors")], sabotage)
+    assert [rank.code for rank in ended] == [1, -9]
+    assert ended[0].stderr == "Error: rank 1 ended without a word (killed? out of memory?); nothing was written\n"
     assert content(out) == {}
 
 
