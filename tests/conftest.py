@@ -280,3 +280,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return resolve_model("demo").directory
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Twelve texts with the labels bad, good and so-so."""
+    file = tmp_path / "texts.jsonl"
+    rows = [{"text": f"w{i} w{5 * i} w3", "label": ("bad", "good", "so-so")[i % 3]} for i in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
