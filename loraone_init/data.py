@@ -6,30 +6,26 @@ batches = load_batches("train.jsonl", tokenizer, DataOptions(samples=64)).batche
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
+from .batches import Batch, TokenRow, collate, rows_of_like_length
+from .classification_rows import ClassificationEncoder, classification_encoder
 from .config import is_whole
-from .encoding import IGNORED, EncodedRow, RowEncoder, row_encoder
+from .encoding import row_encoder
 from .errors import ConfigError, DataError
 from .formats import Format, check_columns
-from .rows import Rows, read_rows
+from .labels import Labels
+from .rows import Row, Rows, read_rows
+from .seq2seq_rows import source_target_encoder
+from .tasks import Task, check_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Batch = dict[str, torch.Tensor]
-"""input_ids, attention_mask and labels, each (rows, tokens) int64. Padding is on the right: label IGNORED, mask 0."""
-
-MAX_PADDING = 16
-"""Tokens that a row of a micro-batch may be shorter than its longest; an eighth of the longest if that is more. A
-block's weights are loaded once for all micro-batches, so that many small ones cost little, while padding costs as
-much as tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ class DataOptions:
     completion_only: mask prompts. None: where rows have a prompt and a completion.
     assistant_only:  mask all that the assistant did not write.
     seed:            of the draw.
+    task:            of the model: what the rows are for.
     """
 
     samples: int = 64
@@ -57,6 +54,7 @@ class DataOptions:
     completion_only: bool | None = None
     assistant_only: bool = False
     seed: int = 0
+    task: Task = "causal-lm"
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_length", "batch_size", "batch_tokens"):
@@ -65,7 +63,11 @@ class DataOptions:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
         if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
-        check_columns(self.columns or {})
+        check_task(self.task)
+        check_columns(self.columns or {}, self.task)
+        if self.task != "causal-lm" and (self.completion_only is not None or self.assistant_only):
+            name = "assistant_only" if self.assistant_only else "completion_only"
+            raise ConfigError(f"{name} is for causal language models, not for {self.task}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ class Sample:
     rows_truncated:   of those, the rows cut at max_length.
     rows_dropped:     rows drawn, but left out because no token is trained in their first max_length tokens.
     num_tokens:       tokens of the rows used, without padding.
-    num_label_tokens: tokens that are predicted and trained on: labels[:, 1:] other than IGNORED.
+    num_label_tokens: terms of the loss: tokens that are predicted and trained on (of a causal model labels[:, 1:] other
+                      than IGNORED, of an encoder-decoder all of the decoder's), or rows of a classification.
     sha256:           digest of the rows used, hexadecimal; see `digest`.
     options:          what was asked for.
     rows:             their token ids and labels.
     pad_id:           what fills up shorter rows of a micro-batch.
+    labels:           of a classification.
     """
 
     source: str
@@ -95,18 +99,22 @@ class Sample:
     num_label_tokens: int
     sha256: str
     options: DataOptions
-    rows: list[EncodedRow] = field(repr=False)
+    rows: list[TokenRow] = field(repr=False)
     pad_id: int
+    labels: Labels | None = None
 
     @cached_property
     def batches(self) -> list[Batch]:
         """Micro-batches of rows of like length, the shortest first; rows of equal length as drawn."""
-        return [collate(rows, self.pad_id) for rows in _rows_of_like_length(self.rows, self.options)]
+        groups = rows_of_like_length(self.rows, self.options.batch_size, self.options.batch_tokens)
+        return [collate(rows, self.pad_id) for rows in groups]
 
     def facts(self) -> dict[str, Any]:
         """All but the rows: the record in the adapter's metadata."""
-        record = {key: getattr(self, key) for key in (f.name for f in fields(self)) if key not in ("rows", "pad_id")}
-        return {**record, "options": asdict(self.options)}
+        left_out = ("rows", "pad_id", "labels")
+        record = {key: getattr(self, key) for key in (f.name for f in fields(self)) if key not in left_out}
+        labels = {} if self.labels is None else {"labels": list(self.labels.names), "problem": self.labels.problem}
+        return {**record, "options": asdict(self.options), **labels}
 
 
 def load_batches(
@@ -116,11 +124,13 @@ def load_batches(
     *,
     revision: str | None = None,
     token: str | None = None,
+    labels: Labels | None = None,
 ) -> Sample:
     """Draw rows of a file or hub data set, as token ids and labels; `.batches` has them as micro-batches.
 
     source:          see `rows.read_rows`; revision and token are for a hub data set.
     tokenizer:       of the model to train.
+    labels:          of a classifier (`OpenModel.labels`); None for those that the rows speak of.
 
     Rows go through in the order of a permutation seeded with options.seed until options.samples of them have a token
     to train on; no other row is tokenised. Where there are no more rows than that, all are used, in their order.
@@ -129,14 +139,7 @@ def load_batches(
     """
     options = options or DataOptions()
     rows = read_rows(source, split=options.split, revision=revision, token=token)
-    encoder = row_encoder(
-        rows[0],
-        tokenizer,
-        columns=options.columns,
-        completion_only=options.completion_only,
-        assistant_only=options.assistant_only,
-        max_length=options.max_length,
-    )
+    encoder = _encoder(rows, tokenizer, options, labels)
     used, num_dropped = _draw(rows, encoder, options.samples, options.seed)
     if not used:
         raise DataError(
@@ -151,33 +154,55 @@ def load_batches(
         rows_truncated=sum(row.truncated for row in used),
         rows_dropped=num_dropped,
         num_tokens=sum(len(row.input_ids) for row in used),
-        num_label_tokens=sum(map(_num_label_tokens, used)),
+        num_label_tokens=sum(row.num_targets for row in used),
         sha256=digest(used),
         options=options,
         rows=used,
         pad_id=_pad_id(tokenizer),
+        labels=encoder.labels if isinstance(encoder, ClassificationEncoder) else None,
     )
 
 
-def digest(rows: list[EncodedRow]) -> str:
-    """SHA-256, hexadecimal, of token ids and labels, row after row in the order drawn.
+class _Encoder(Protocol):
+    """What turns each row of one source into tokens."""
 
-    The bytes of a row of n tokens: n, then its n token ids, then its n labels (each of the token itself, not
-    shifted; -100 where masked): 2n + 1 signed 64-bit little-endian integers, and nothing between rows.
-    """
+    @property
+    def format(self) -> Format: ...
+
+    def encode(self, row: Row, number: int) -> TokenRow: ...
+
+
+def _encoder(rows: Rows, tokenizer: PreTrainedTokenizerBase, options: DataOptions, labels: Labels | None) -> _Encoder:
+    columns, max_length = options.columns, options.max_length
+    if options.task == "sequence-classification":
+        return classification_encoder(rows, tokenizer, columns=columns, labels=labels, max_length=max_length)
+    if options.task == "seq2seq-lm":
+        return source_target_encoder(rows[0], tokenizer, columns=columns, max_length=max_length)
+    return row_encoder(
+        rows[0],
+        tokenizer,
+        columns=columns,
+        completion_only=options.completion_only,
+        assistant_only=options.assistant_only,
+        max_length=max_length,
+    )
+
+
+def digest(rows: Sequence[TokenRow]) -> str:
+    """SHA-256, hexadecimal, of token ids and labels, row after row in the order drawn (docs/format.md)."""
     state = hashlib.sha256()
     for row in rows:
-        state.update(np.array([len(row.input_ids), *row.input_ids, *row.labels], dtype="<i8").tobytes())
+        state.update(row.to_bytes())
     return state.hexdigest()
 
 
-def _draw(rows: Rows, encoder: RowEncoder, samples: int, seed: int) -> tuple[list[EncodedRow], int]:
+def _draw(rows: Rows, encoder: _Encoder, samples: int, seed: int) -> tuple[list[TokenRow], int]:
     """The rows used, and how many were dropped before there were enough."""
-    used: list[EncodedRow] = []
+    used: list[TokenRow] = []
     num_dropped = 0
     for index in _order(len(rows), samples, seed):
         row = encoder.encode(rows[index], index + 1)
-        if _num_label_tokens(row):
+        if row.num_targets:
             used.append(row)
         else:
             num_dropped += 1
@@ -191,40 +216,6 @@ def _order(available: int, samples: int, seed: int) -> list[int]:
         return list(range(available))
     order: list[int] = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
-
-
-def _num_label_tokens(row: EncodedRow) -> int:
-    """The first token is predicted from nothing, so its label counts for nothing."""
-    return sum(label != IGNORED for label in row.labels[1:])
-
-
-def collate(rows: Sequence[EncodedRow], pad_id: int) -> Batch:
-    """One micro-batch, padded to its longest row."""
-    return {
-        "input_ids": _padded([row.input_ids for row in rows], pad_id),
-        "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], 0),
-        "labels": _padded([row.labels for row in rows], IGNORED),
-    }
-
-
-def _rows_of_like_length(rows: list[EncodedRow], options: DataOptions) -> Iterator[list[EncodedRow]]:
-    """Groups of at most batch_size rows and batch_tokens tokens, none much shorter than the longest of its group."""
-    members: list[EncodedRow] = []
-    for row in sorted(rows, key=lambda row: len(row.input_ids)):
-        length = len(row.input_ids)
-        padding = length - len(members[0].input_ids) if members else 0
-        full = len(members) == options.batch_size or length * (len(members) + 1) > options.batch_tokens
-        if members and (full or padding > max(MAX_PADDING, length / 8)):
-            yield members
-            members = []
-        members.append(row)
-    yield members
-
-
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    """(rows, tokens) int64; shorter rows end in `value`."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

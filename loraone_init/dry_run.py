@@ -25,7 +25,7 @@ from .targets import layer_shape, select_targets
 
 def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any]:
     """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would."""
-    targets = select_targets(opened.module, config.target_modules, config.exclude_modules)
+    targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
     check_rank(targets, config.rank)
     kinds = Counter((name.rpartition(".")[2], layer_shape(module)) for name, module in targets.items())
     memory = estimate_memory(opened, targets, sample.batches)

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .batches import Field
 from .errors import DataError, describe
 from .formats import (
     CONVERSATIONAL,
@@ -38,6 +41,26 @@ class EncodedRow:
     input_ids: list[int]
     labels: list[int]
     truncated: bool
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return (len(self.input_ids),)
+
+    @property
+    def num_targets(self) -> int:
+        """The first token is predicted from nothing, so its label counts for nothing."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    def to_bytes(self) -> bytes:
+        """n, the n token ids, the n labels: signed 64-bit little-endian integers."""
+        return np.array([len(self.input_ids), *self.input_ids, *self.labels], dtype="<i8").tobytes()
+
+    def fields(self, pad_id: int) -> Mapping[str, Field]:
+        return {
+            "input_ids": (self.input_ids, pad_id),
+            "attention_mask": ([1] * len(self.input_ids), 0),
+            "labels": (self.labels, IGNORED),
+        }
 
 
 @dataclass(frozen=True)

@@ -56,33 +56,49 @@ def estimate_memory(opened: OpenModel, targets: Mapping[str, nn.Module], batches
     block = max((_bytes(inside) for inside in blocks.values()), default=0)
     everything = _bytes([t for _, t in tensors])
     gradients = [_gradient_bytes(targets, name) for name in opened.stack.names]
-    tokens = [batch["input_ids"].numel() for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
+    read = [batch for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
+    tokens = [list(num_tokens(opened, batch).values()) for batch in read]
     size = _element_size(opened.module)
     graph = int(_ACTIVATIONS * size * _graph_elements(opened))
-    head = _LOGIT_BUFFERS * MAX_LOGITS * max(4, size) if tokens else 0
+    has_vocabulary = bool(read) and opened.labels is None
+    head = _LOGIT_BUFFERS * MAX_LOGITS * max(4, size) if has_vocabulary else 0
     return Memory(
         outside=everything - sum(map(_bytes, blocks.values())),
         block=block,
         gradients=max(gradients, default=0),
-        inputs=len(blocks) * _hidden_size(opened.module) * size * sum(tokens),
-        working=max(graph * max(tokens, default=0), head),
+        inputs=_hidden_size(opened.module) * size * sum(map(sum, tokens)),
+        working=max(graph * max(map(max, filter(None, tokens)), default=0), head),
     )
+
+
+def num_tokens(opened: OpenModel, batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """That pass each block, padding included: an encoder-decoder's decoder reads the labels, all else the input."""
+    decoder = opened.module.get_decoder() if opened.task == "seq2seq-lm" else None  # type: ignore[operator]
+    inside = set() if decoder is None else set(decoder.modules())
+    sides = {
+        name: "labels" if opened.module.get_submodule(name) in inside else "input_ids" for name in opened.stack.names
+    }
+    return {name: batch[side].numel() for name, side in sides.items()}
 
 
 def estimate_seconds(
     opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], num_label_tokens: int
 ) -> float:
     """After the model is open; by the floating-point operations of all products, and the machine's rate for one."""
-    tokens: int = sum(batch["input_ids"].numel() for batch in batches)
+    tokens = {name: sum(num_tokens(opened, batch)[name] for batch in batches) for name in opened.stack.names}
     rows: int = sum(len(batch["input_ids"]) for batch in batches)
     linear = [name for name, module in opened.module.named_modules() if is_linear(module)]
-    inside = [name for name in linear if any(name.startswith(f"{block}.") for block in opened.stack.names)]
-    forward = 2.0 * tokens * sum(_num_weights(opened.module.get_submodule(name)) for name in inside)
+    inside = {name: block for name in linear for block in opened.stack.names if name.startswith(f"{block}.")}
+    products_of = {
+        name: 2.0 * tokens[block] * _num_weights(opened.module.get_submodule(name)) for name, block in inside.items()
+    }
+    forward = sum(products_of.values())
     head = 4.0 * num_label_tokens * sum(_num_weights(opened.module.get_submodule(n)) for n in {*linear} - {*inside})
     adapted = sum(_num_weights(module) for module in targets.values())
     svd = 4.0 * _SVD_VECTORS * _SVD_ITERATIONS * adapted
     evaluated = num_evaluated(rows) / rows
-    products = (2 + evaluated) * forward + forward + 2.0 * tokens * adapted + head
+    gradients = sum(products for name, products in products_of.items() if name in targets)
+    products = (2 + evaluated) * forward + forward + gradients + head
     return (products / _EFFICIENCY + svd / _SVD_EFFICIENCY) / matrix_rate(opened.device)
 
 

@@ -9,7 +9,8 @@ The columns of the first row, after the renames of `--columns`, give the format 
     question + answer        as prompt = question, newline; completion = answer
     instruction + output     Alpaca: prompt = instruction, newline, [input, newline]; completion = output
 
-The last two are this project's; the others are read as TRL 1.x reads them. `tools` (a list, or JSON of one) and
+The last two are this project's; the others are read as TRL 1.x reads them. For classifiers, see
+`classification_rows`. `tools` (a list, or JSON of one) and
 `chat_template_kwargs` go to the chat template.
 """
 
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 from .errors import ConfigError, DataError
 from .rows import Row, json_type
+from .tasks import Task
 
 Format = Literal[
     "prompt-completion",
@@ -30,9 +32,12 @@ Format = Literal[
     "text",
     "question-answer",
     "alpaca",
+    "text-label",
+    "text-pair-label",
 ]
 
 TARGETS = ("text", "prompt", "completion", "messages", "tools")
+CLASSIFICATION_TARGETS = ("text", "text_pair", "label")
 """The columns that `--columns` can make of others."""
 
 _NEEDED: dict[Format, tuple[str, ...]] = {
@@ -74,7 +79,7 @@ def infer_format(row: Row, columns: Mapping[str, str] | None = None) -> Format:
 def parse_columns(option: str) -> dict[str, str]:
     """The mapping that `--columns` spells: prompt=question,completion=answer → {"prompt": "question", ...}.
 
-    Raises ConfigError for anything else.
+    Raises ConfigError for anything else; whether the new names are any good, `check_columns` tells.
     """
     columns: dict[str, str] = {}
     for item in option.split(","):
@@ -84,17 +89,17 @@ def parse_columns(option: str) -> dict[str, str]:
         if target in columns:
             raise ConfigError(f"--columns names {target!r} twice, for {columns[target]!r} and {source!r}")
         columns[target] = source
-    check_columns(columns)
     return columns
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """Raises ConfigError where a new name is none of TARGETS."""
+def check_columns(columns: Mapping[str, str], task: Task = "causal-lm") -> None:
+    """Raises ConfigError where a new name is none that a row for `task` has."""
+    classified = task == "sequence-classification"
+    known, example = (CLASSIFICATION_TARGETS, "text=sentence") if classified else (TARGETS, "prompt=question")
     for target in columns:
-        if target not in TARGETS:
+        if target not in known:
             raise ConfigError(
-                f"--columns cannot name {target!r}; expected one of {', '.join(TARGETS)}, such as"
-                " --columns prompt=question,completion=answer"
+                f"--columns cannot name {target!r}; expected one of {', '.join(known)}, such as --columns {example}"
             )
 
 
@@ -111,28 +116,29 @@ def rename_columns(row: Row, columns: Mapping[str, str], number: int) -> Row:
 def prompt_and_whole(row: Row, found: Format, number: int, eos: str | None) -> tuple[Content | None, Content]:
     """The prompt, None where the format has none, and all of the row's content, the prompt included."""
     if found == "text":
-        return None, _with_eos(_string(row, "text", number), eos)
+        return None, _with_eos(string_of(row, "text", number), eos)
     if found in ("messages", "conversations"):
         return None, _messages(row, found, number)
     if found == "conversational-prompt-completion":
         messages = _messages(row, "prompt", number)
         return messages, messages + _messages(row, "completion", number)
-    prompt, completion = _strings(row, found, number)
+    prompt, completion = prompt_and_completion(row, found, number)
     text = row.get("text")
     if isinstance(text, str) and eos is not None and not text.endswith(eos):
         return prompt, prompt + completion  # TRL gives the EOS to a column `text`, used or not, and only there
     return prompt, prompt + _with_eos(completion, eos)
 
 
-def _strings(row: Row, found: Format, number: int) -> tuple[str, str]:
+def prompt_and_completion(row: Row, found: Format, number: int) -> tuple[str, str]:
+    """Of the formats that have both as strings."""
     if found == "question-answer":
-        return _string(row, "question", number) + "\n", _string(row, "answer", number)
+        return string_of(row, "question", number) + "\n", string_of(row, "answer", number)
     if found == "alpaca":
-        prompt = _string(row, "instruction", number) + "\n"
+        prompt = string_of(row, "instruction", number) + "\n"
         if row.get("input"):
-            prompt += _string(row, "input", number) + "\n"
-        return prompt, _string(row, "output", number)
-    return _string(row, "prompt", number), _string(row, "completion", number)
+            prompt += string_of(row, "input", number) + "\n"
+        return prompt, string_of(row, "output", number)
+    return string_of(row, "prompt", number), string_of(row, "completion", number)
 
 
 def _with_eos(text: str, eos: str | None) -> str:
@@ -140,15 +146,15 @@ def _with_eos(text: str, eos: str | None) -> str:
     return text if eos is None or text.endswith(eos) else text + eos
 
 
-def _string(row: Row, column: str, number: int) -> str:
-    value = _value(row, column, number)
+def string_of(row: Row, column: str, number: int) -> str:
+    value = value_of(row, column, number)
     if not isinstance(value, str):
         raise wrong_type(row, column, number, "a string")
     return value
 
 
 def _messages(row: Row, column: str, number: int) -> list[Message]:
-    value = _value(row, column, number)
+    value = value_of(row, column, number)
     if not isinstance(value, list) or not value:
         raise wrong_type(row, column, number, "a list of messages")
     for message in value:
@@ -177,7 +183,7 @@ def tools_of(row: Row, number: int) -> list[Any] | None:
     return tools
 
 
-def _value(row: Row, column: str, number: int) -> Any:
+def value_of(row: Row, column: str, number: int) -> Any:
     if column not in row:
         raise DataError(f"row {number} has no column {column!r}; it has {_names(row)}")
     return row[column]

@@ -13,19 +13,23 @@ from torch import nn
 
 from .activations import ActivationBudget
 from .adapter import Adapter, LayerReport
+from .classification import SequenceClassification
 from .config import InitConfig
 from .errors import ConfigError, DataError, ModelError, NumericalError
 from .estimate import estimate_memory
 from .evaluation import evaluate_step
 from .factors import LoraPair, spectral_init
 from .gradients import LayerGradient, stream_gradients
+from .heads import saved_tensors
 from .memory import describe_size, used_memory
 from .models import OpenModel, open_module
 from .monitor import Monitor
 from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
 from .ranks import Alone, Piece, Ranks, share_of
+from .seq2seq import Seq2SeqLM
 from .svd import TruncatedSVD, layer_generator, truncated_svd
 from .targets import is_conv1d, layer_shape, select_targets
+from .tasks import NAMES
 
 if TYPE_CHECKING:
     from .data import Sample
@@ -47,8 +51,8 @@ def initialize(
 
     model:   from `open_model`, or any module with linear layers, which then stays where it is.
     batches: from `load_batches`, or a sequence of batches: mappings with input_ids, attention_mask and labels
-             (batch, tokens) for a causal language model, anything that `loss` understands otherwise.
-    loss:    loss(model, batch) -> (summed loss, number of terms), for models that are no transformers causal LM.
+             (batch, tokens), of a classifier labels by row; anything that `loss` understands otherwise.
+    loss:    loss(model, batch) -> (summed loss, number of terms), for all but these transformers models.
     max_memory: bytes that may be used on the device. What is left of them holds activations, which are otherwise
              computed again in the backward; the adapter is the same, bit for bit.
     monitor: is told of progress and keeps the seconds of each stage.
@@ -66,7 +70,8 @@ def initialize(
         raise ConfigError(f"the model was opened with block path {opened.block_path!r}, not {config.block_path!r}")
     sample = _describe(batches)
     rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
-    targets = select_targets(opened.module, config.target_modules, config.exclude_modules)
+    saved = opened.saved if loss is None else ()
+    targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
     check_rank(targets, config.rank)
     objective = _choose_objective(opened, loss)
     if not rows:
@@ -105,7 +110,8 @@ def initialize(
             "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
         },
         sample=sample,
-        task_type="CAUSAL_LM" if loss is None else None,
+        task_type=NAMES[opened.task].peft if loss is None else None,
+        saved=saved_tensors(opened.module, saved),
         fan_in_fan_out=any(map(is_conv1d, targets.values())),
     )
 
@@ -205,12 +211,14 @@ def check_rank(targets: Mapping[str, nn.Module], rank: int) -> None:
 def _choose_objective(opened: OpenModel, loss: LossFunction | None) -> Objective:
     if loss is not None:
         return WholeModel(opened.module, loss)
+    if opened.labels is not None:
+        return SequenceClassification(opened.module, opened.device, opened.labels)
     head: Any = getattr(opened.module, "get_output_embeddings", None)
     if not callable(head) or head() is None:
         raise ModelError(
             f"{type(opened.module).__name__} is no transformers model with a language model head; pass loss="
         )
-    return CausalLM(opened.module, opened.device)
+    return (Seq2SeqLM if opened.task == "seq2seq-lm" else CausalLM)(opened.module, opened.device)
 
 
 @contextmanager

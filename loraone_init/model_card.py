@@ -7,6 +7,8 @@ from statistics import median
 from typing import Any
 
 from .adapter import Adapter
+from .labels import describe_labels
+from .tasks import opening_lines
 
 _CARD = """---
 {base_line}library_name: peft
@@ -23,7 +25,7 @@ tags:
 | | |
 |---|---|
 | Base model | `{base}` |
-| Data | `{source}`, {rows} rows, {label_tokens} label tokens |
+| Data | `{source}`, {rows} rows, {trained_on} |
 | Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
 | Mean loss, on {loss_rows} of the rows the gradient was taken from | {before:.4f} before the step, {after} after it |
 | Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
@@ -32,9 +34,7 @@ tags:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{base}")
+{opening}
 model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY"{trainable}
 ```
 
@@ -77,7 +77,12 @@ def model_card(adapter: Adapter) -> str:
         layers=len(adapter.pairs),
         source=adapter.sample.get("source", "batches from Python"),
         rows=adapter.sample.get("rows_used", "?"),
-        label_tokens=adapter.sample.get("num_label_tokens", "?"),
+        trained_on=(
+            describe_labels(adapter.sample)
+            if "labels" in adapter.sample
+            else f"{adapter.sample.get('num_label_tokens', '?')} label tokens"
+        ),
+        opening=opening_lines(base or "MODEL", adapter.task_type, adapter.sample),
         loss_rows=adapter.loss.rows,
         before=adapter.loss.before,
         after="not finite" if adapter.loss.after is None else f"{adapter.loss.after:.4f}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,9 +13,12 @@ from torch import nn
 from .blocks import describe_module_lists, find_blocks
 from .checkpoint import Checkpoint, declared_dtypes, map_parameters
 from .errors import ConfigError, ModelError, describe
+from .heads import draw_modules, fit_labels, labels_and_head, lacking_modules, settle_padding, without_head
+from .labels import Labels, LabelSource
 from .sources import LocalModel, resolve_model
 from .stores import DiskStore, ResidentStore, get_tensor, set_tensor
 from .streaming import BlockStack
+from .tasks import NAMES, Task, auto_class, check_architecture, check_task, task_of_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +38,8 @@ class OpenModel:
     name:        what the adapter names as its base; for a module from Python its `name_or_path`, None without one.
     fingerprint: of the checkpoint (see `Checkpoint.fingerprint`); None for a module from Python.
     block_path:  name of the module list that is streamed; None where it was found by itself.
+    labels:      what the outputs of a classifier stand for.
+    saved:       modules that the adapter holds as a whole: a classifier's head, and its pooler where it was drawn.
     """
 
     module: nn.Module
@@ -45,6 +50,9 @@ class OpenModel:
     fingerprint: str | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     block_path: str | None = None
+    task: Task = "causal-lm"
+    labels: Labels | None = None
+    saved: tuple[str, ...] = ()
 
 
 def open_model(
@@ -57,20 +65,32 @@ def open_model(
     dtype: DType = "auto",
     block_path: str | None = None,
     weights: bool = True,
+    task: Task = "causal-lm",
+    labels: LabelSource = None,
+    seed: int = 0,
 ) -> OpenModel:
-    """Open a causal language model: a directory, a hub id, a .gguf file or "demo".
+    """Open a model for `task`: a directory, a hub id, a .gguf file or "demo".
 
     device: "auto" is the first CUDA device, else the CPU.
     dtype:  to compute in; "auto" is float32 on the CPU (bf16 is slower there) and the checkpoint's own on a GPU.
     block_path: name of the module list to stream, for a model whose blocks cannot be found by themselves.
     weights: False for names and shapes only; such a model cannot be run.
+    labels: of a classification, or what finds them; they count where the checkpoint has no head and names none.
+    seed:   of a head that the checkpoint lacks.
 
     Raises ModelError, in one line, for whatever cannot be opened.
     """
+    check_task(task)
     place = select_device(device)
     source = resolve_model(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source.directory)
-    module, stack = _load(source, checkpoint, place, dtype, trust_remote_code, block_path, weights)
+    wanted = _Wanted(place, dtype, trust_remote_code, block_path, weights, task, labels)
+    module, stack = _load(source, checkpoint, wanted)
+    drawn = lacking_modules(module, checkpoint.names)
+    if weights:
+        draw_modules(module, drawn, seed, place)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    settle_padding(module, tokenizer)
     return OpenModel(
         module,
         stack,
@@ -78,8 +98,10 @@ def open_model(
         source.name,
         source.revision,
         checkpoint.fingerprint(),
-        load_tokenizer(source, trust_remote_code),
+        tokenizer,
         block_path,
+        task,
+        *labels_and_head(module, drawn),
     )
 
 
@@ -89,8 +111,11 @@ def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
     if parameter is None:
         raise ModelError(f"{type(module).__name__} has no parameters")
     stack = BlockStack(module, find_blocks(module, block_path), ResidentStore())
-    name = getattr(module, "name_or_path", None) or None
-    return OpenModel(module, stack, parameter.device, name, block_path=block_path)
+    name, task = getattr(module, "name_or_path", None) or None, task_of_module(module)
+    labels, saved = labels_and_head(module)
+    return OpenModel(
+        module, stack, parameter.device, name, block_path=block_path, task=task, labels=labels, saved=saved
+    )
 
 
 def select_device(device: str) -> torch.device:
@@ -108,17 +133,23 @@ def select_device(device: str) -> torch.device:
     return place
 
 
-def _load(
-    source: LocalModel,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: DType,
-    trust_remote_code: bool,
-    block_path: str | None,
-    weights: bool,
-) -> tuple[nn.Module, BlockStack]:
-    model = _skeleton(source, _select_dtype(dtype, device), trust_remote_code)
-    blocks = find_blocks(model, block_path)
+@dataclass(frozen=True)
+class _Wanted:
+    """The options of `open_model` that say how."""
+
+    device: torch.device
+    dtype: DType
+    trust_remote_code: bool
+    block_path: str | None
+    weights: bool
+    task: Task
+    labels: LabelSource
+
+
+def _load(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> tuple[nn.Module, BlockStack]:
+    device, trust_remote_code = wanted.device, wanted.trust_remote_code
+    model = _skeleton(source, checkpoint, wanted)
+    blocks = find_blocks(model, wanted.block_path)
     if not blocks:
         raise ModelError(
             f"cannot tell the blocks of {type(model).__name__}; name their list with --block-path; there are:"
@@ -128,11 +159,11 @@ def _load(
     if names is None:
         reason = "the model has code of its own" if trust_remote_code else "its tensors are stored in another form"
         logger.warning("The whole model is held in memory: %s, so blocks cannot be read one by one", reason)
-        if weights:
-            model = _load_whole(source, model.dtype, trust_remote_code).to(device)
+        if wanted.weights:
+            model = _load_whole(source, model, wanted).to(device)
         return model, BlockStack(model, blocks, ResidentStore())
     store = DiskStore(model, checkpoint, names, device)
-    if weights:
+    if wanted.weights:
         _load_rest(model, blocks, names, store, device)
     return model, BlockStack(model, blocks, store)
 
@@ -147,41 +178,49 @@ def _select_dtype(dtype: DType, device: torch.device) -> torch.dtype | None:
     return selected
 
 
-def _skeleton(source: LocalModel, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+def _skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> PreTrainedModel:
     """The model without storage: every parameter and buffer on the meta device, in the dtype it will have."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=wanted.trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(
                 f"{source.name} is quantized; pass the model it was made from: the adapter fits both, since their"
                 " layers have the same names and shapes"
             )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
-            )
+        check_architecture(source.name, config, wanted.task)
+        model = _from_config(config, wanted)
+        if wanted.task == "sequence-classification" and fit_labels(model, wanted.labels, checkpoint.names):
+            model = _from_config(model.config, wanted)
     except (*_UNREADABLE, AttributeError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
         message = describe(error).partition(" Model type should be one of ")[0][:250]  # a list of all there are follows
-        raise ModelError(f"{source.name} cannot be opened as a causal language model: {message}{hint}") from error
+        raise ModelError(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}: {message}{hint}") from error
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     for name, kept in declared_dtypes(frozen, frozen.dtype).items():
         set_tensor(frozen, name, get_tensor(frozen, name).to(kept))
     return frozen
 
 
-def _load_whole(source: LocalModel, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _from_config(config: Any, wanted: _Wanted) -> PreTrainedModel:
+    dtype = _select_dtype(wanted.dtype, wanted.device) or config.dtype or torch.float32
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(wanted.task).from_config(
+            config, dtype=dtype, trust_remote_code=wanted.trust_remote_code
+        )
+    return model
 
+
+def _load_whole(source: LocalModel, skeleton: PreTrainedModel, wanted: _Wanted) -> PreTrainedModel:
     model: PreTrainedModel
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = auto_class(wanted.task).from_pretrained(
             source.directory,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
+            config=skeleton.config,
+            dtype=skeleton.dtype,
+            trust_remote_code=wanted.trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are told below, in one line
             output_loading_info=True,
@@ -226,6 +265,7 @@ def _load_rest(
 
 
 def _check_missing(model: PreTrainedModel, missing: list[str]) -> None:
+    missing = without_head(model, missing)
     if missing:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; is it the"

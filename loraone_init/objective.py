@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch.nn.functional import log_softmax
 
 from .encoding import IGNORED
 from .errors import ConfigError, DataError
-from .patching import replaced_forward
+from .patching import replaced_forward, without_cache
 
 Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int]]
@@ -78,18 +78,7 @@ class CausalLM:
             if lacking:
                 has = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
                 raise DataError(f"batch {number} has no {' and no '.join(lacking)}, only {has}; or pass loss=")
-        largest = max(int(batch["input_ids"].max()) for batch in batches)
-        longest = max(batch["input_ids"].shape[1] for batch in batches)
-        vocabulary, positions = _num_embeddings(self._model), _num_positions(self._model)
-        if vocabulary is not None and largest >= vocabulary:
-            raise DataError(
-                f"the tokenizer gives token id {largest}, but the model has {vocabulary} embeddings; does the tokenizer"
-                " belong to the model?"
-            )
-        if positions is not None and longest > positions:
-            raise DataError(
-                f"a row has {longest} tokens, but the model has {positions} positions; use --max-length {positions}"
-            )
+        check_tokens(self._model, [batch["input_ids"] for batch in batches])
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -102,14 +91,20 @@ class CausalLM:
 
     def forward(self, batch: Batch) -> Any:
         """The decoder's output, hidden states (batch, tokens, hidden) in it; the logits if no decoder is known."""
-        inputs = {key: value.to(self._device) for key, value in batch.items() if key != "labels"}
         try:
-            return self._model(**inputs, use_cache=False, return_dict=True)
+            return self._model(**self._inputs(batch), use_cache=False, return_dict=True)
         except _DecoderReturned as reached:
             return reached.output
 
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {key: value.to(self._device) for key, value in batch.items() if key != "labels"}
+
+    def _labels(self, batch: Batch) -> torch.Tensor:
+        """What each position predicts."""
+        return batch["labels"][:, 1:]
+
     def finish(self, features: Any, batch: Batch, *, backward: bool) -> RowLosses:
-        labels = batch["labels"][:, 1:].to(self._device)
+        labels = self._labels(batch).to(self._device)
         row, position = torch.nonzero(labels != IGNORED, as_tuple=True)
         target = labels[row, position]
         source = features.logits if self._decoder is None else _hidden_states(features)
@@ -157,10 +152,13 @@ class CausalLM:
         """Logits (1, n, vocabulary) of hidden states (1, n, hidden), by the model's own forward."""
         assert self._decoder is not None
         answer = _with_hidden_states(features, states)
-        ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
         with replaced_forward(self._decoder, lambda *args, **kwargs: answer):
-            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False, return_dict=True).logits
+            logits: torch.Tensor = self._model(**self._head_inputs(states), use_cache=False, return_dict=True).logits
         return logits
+
+    def _head_inputs(self, states: torch.Tensor) -> dict[str, Any]:
+        """Tokens that no one reads, as many as there are states."""
+        return {"input_ids": torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)}
 
     def _chunk_length(self) -> int:
         return max(1, MAX_LOGITS // getattr(_text_config(self._model), "vocab_size", MAX_LOGITS))
@@ -177,7 +175,7 @@ class WholeModel:
         """Only the loss function knows what it can take."""
 
     def active(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        return without_cache(self._model)
 
     def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | int]:
         answer: Any = self._loss(self._model, batch)
@@ -191,6 +189,22 @@ class WholeModel:
         if backward and total.requires_grad:
             torch.autograd.backward(total, retain_graph=True)
         return RowLosses(total.detach().double().cpu().reshape(1), torch.as_tensor(count).double().cpu().reshape(1))
+
+
+def check_tokens(model: nn.Module, sequences: Sequence[torch.Tensor]) -> None:
+    """Raise DataError for a token or position that the model has no embedding for. sequences: (rows, tokens) each."""
+    largest = max(int(tokens.max()) for tokens in sequences)
+    longest = max(tokens.shape[1] for tokens in sequences)
+    vocabulary, positions = _num_embeddings(model), _num_positions(model)
+    if vocabulary is not None and largest >= vocabulary:
+        raise DataError(
+            f"the tokenizer gives token id {largest}, but the model has {vocabulary} embeddings; does the tokenizer"
+            " belong to the model?"
+        )
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"a row has {longest} tokens, but the model has {positions} positions; use --max-length {positions}"
+        )
 
 
 class _DecoderReturned(BaseException):
@@ -216,7 +230,14 @@ def _num_positions(model: nn.Module) -> int | None:
     config = _text_config(model)
     if getattr(config, "rope_parameters", None) is not None:
         return None
-    return getattr(config, "max_position_embeddings", None)
+    declared: int | None = getattr(config, "max_position_embeddings", None)
+    paddings = [
+        getattr(module, "padding_idx", None)
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+    ]
+    first = max((padding + 1 for padding in paddings if padding is not None), default=0)  # RoBERTa counts from there
+    return None if declared is None else declared - first
 
 
 def _hidden_states(output: Any) -> torch.Tensor:

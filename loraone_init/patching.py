@@ -1,4 +1,4 @@
-"""Replace a module's forward for a while."""
+"""Change how a model behaves for a while."""
 
 from __future__ import annotations
 
@@ -21,3 +21,23 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, a transformers model keeps no keys and values between calls: a block that is computed again would add
+    its own to them once more.
+    """
+    configs = {id(config): config for module in model.modules() if hasattr(config := _config(module), "use_cache")}
+    before = {key: config.use_cache for key, config in configs.items()}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config.use_cache = before[key]
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)

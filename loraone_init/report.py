@@ -19,6 +19,7 @@ from rich.text import Text
 
 from .adapter import Adapter, LossReport
 from .adapter_files import DIRECTORY_FILES, is_single_file
+from .labels import describe_labels
 from .memory import describe_size, peak_memory
 from .monitor import Monitor, Stage
 from .trainers import lines_for_trainers
@@ -92,7 +93,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
         "processes": len(processes),
         "peak_memory_bytes": max((peak for peak in resident if peak is not None), default=None),
-        "trainers": lines_for_trainers(adapter.base.get("name"), output),
+        "trainers": lines_for_trainers(adapter, output),
         "peak_device_memory_bytes": max((peak for peak in device if peak is not None), default=None),
     }
 
@@ -163,7 +164,8 @@ def describe_sample(sample: Mapping[str, Any]) -> str:
     """Rows and tokens, and what was left out of them."""
     used, available = sample["rows_used"], sample["rows_available"]
     rows = f"all {count(used, 'row')}" if used == available else f"{used} of {count(available, 'row')}"
-    text = f"{rows} ({sample['format']}), {sample['num_tokens']:,} tokens, {sample['num_label_tokens']:,} trained on"
+    trained = describe_labels(sample) if "labels" in sample else f"{sample['num_label_tokens']:,} trained on"
+    text = f"{rows} ({sample['format']}), {sample['num_tokens']:,} tokens, {trained}"
     for key, what in (("rows_truncated", "truncated"), ("rows_dropped", "dropped without a trainable token")):
         if sample[key]:
             text += f", {count(sample[key], 'row')} {what}"

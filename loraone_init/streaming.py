@@ -6,7 +6,7 @@ with detached outputs. What remains between the blocks is a small autograd graph
 leaves are the blocks' outputs. Backward goes through the blocks in reverse: compute again from the kept inputs (unless
 memory allowed to keep the forward's graph), back-propagate the outputs' `.grad`, hand the inputs' gradients to the
 glue, where they add up in the `.grad` of the earlier outputs. Tensors that several blocks share (an encoder's output,
-a position bias) need nothing special.
+a position bias) need nothing special; what they share through a mapping does (see `mappings`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from .activations import ActivationBudget, HeldBytes
 from .coroutines import Coroutine, pause
 from .errors import ModelError
+from .mappings import Written, as_dicts, run_with_mappings, write_back
 from .patching import replaced_forward
 from .stores import WeightStore
 
@@ -83,13 +84,15 @@ class BlockStack:
     def module(self, block: int) -> nn.Module:
         return self._modules[block]
 
-    def run(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The block's own forward."""
-        return self._forwards[block](*args, **kwargs)
+    def run(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Written]:
+        """The block's own forward: what it returns, and what it writes into mappings that it is given."""
+        return run_with_mappings(self._forwards[block], args, kwargs)
 
 
 def _request_block(block: int, *args: Any, **kwargs: Any) -> Any:
-    return pause(BlockRequest(block, args, kwargs))
+    outputs, written = pause(BlockRequest(block, args, as_dicts(kwargs)))
+    write_back(kwargs, written)
+    return outputs
 
 
 def stream_forward(

@@ -29,16 +29,23 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def select_targets(
-    model: nn.Module, target_modules: str | tuple[str, ...], exclude_modules: str | tuple[str, ...] = ()
+    model: nn.Module,
+    target_modules: str | tuple[str, ...],
+    exclude_modules: str | tuple[str, ...] = (),
+    saved: tuple[str, ...] = (),
 ) -> dict[str, nn.Module]:
     """The linear layers to adapt, by name, in module order.
 
     "all-linear" takes every linear layer but the output embedding; a tuple takes the modules whose full name or
     dotted ending is in it; any other string is a regular expression for the full name.
+    saved: modules that the adapter holds as a whole (a classifier's head); what is in them is no candidate.
     Raises ModelError, listing candidates, where nothing matches, or one of the names nothing; ConfigError for a bad
     regular expression.
     """
-    linear = {name: module for name, module in model.named_modules() if is_linear(module)}
+    whole = tuple(f"{name}." for name in saved)
+    linear = {
+        name: module for name, module in model.named_modules() if is_linear(module) and not f"{name}.".startswith(whole)
+    }
     _check_names(target_modules, linear, linear)
     _check_names(exclude_modules, dict(model.named_modules()), linear)
     if target_modules == ALL_LINEAR:

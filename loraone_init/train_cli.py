@@ -97,6 +97,11 @@ def _run(
     from .training import train
 
     start = Adapter.load(adapter)
+    if start.task_type not in ("CAUSAL_LM", None):
+        raise ConfigError(
+            f"{adapter} is for {start.task_type}, and loraone-train trains causal language models only; load it with"
+            " PEFT in another trainer"
+        )
     source = resolve_model(
         model,
         revision=options["revision"],

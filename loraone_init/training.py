@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .batches import collate
 from .checkpoint import Checkpoint
 from .checkpoints import last_whole, step_of
-from .data import Sample, collate
+from .data import Sample
 from .errors import ConfigError, ModelError, describe
 from .factors import LoraPair
 from .optim import PreconditionedAdamW

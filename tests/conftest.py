@@ -22,10 +22,13 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -59,6 +62,14 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+_SHARED_KEYS = {  # the last two of four blocks use the keys and values of the first two
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 4,
+}
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 CAUSAL_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -70,6 +81,16 @@ CAUSAL_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(
         **_SIZES, final_logit_softcapping=3.0, attn_logit_softcapping=5.0, tie_word_embeddings=True, sliding_window=4
     ),
+    "gemma3n": lambda: Gemma3nTextConfig(
+        **_SIZES | _SHARED_KEYS | {"intermediate_size": [48] * 4},
+        altup_num_inputs=4,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    ),
+    "gemma4": lambda: Gemma4TextConfig(
+        **_SIZES | _SHARED_KEYS, global_head_dim=8, num_global_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=4),
     "gpt2": lambda: GPT2Config(**_GPT2_SIZES, **_IDS),
     "granite": lambda: GraniteConfig(**_SIZES, logits_scaling=2.0),
     "opt": lambda: OPTConfig(  # has linear layers outside of its blocks
@@ -94,9 +115,11 @@ def make_model(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, **c
     config._attn_implementation = "eager"  # soft-capping of attention is ignored by the others
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5.0)
+            if name.endswith("correct_output_scale"):  # Gemma 3n starts with 0, and layers without a gradient
+                parameter.fill_(0.5)
     return model.to(dtype).eval()
 
 
@@ -257,3 +280,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return resolve_model("demo").directory
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Twelve texts with the labels bad, good and so-so."""
+    file = tmp_path / "texts.jsonl"
+    rows = [{"text": f"w{i} w{5 * i} w3", "label": ("bad", "good", "so-so")[i % 3]} for i in range(12)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file

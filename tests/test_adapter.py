@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_batches, make_model
+from conftest import make_batches, make_model, reference_loss
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -95,6 +95,24 @@ def test_peft_computes_the_same_logits(case, tmp_path):
         plain = base(**inputs).logits
     torch.testing.assert_close(ours, theirs, rtol=FP32, atol=FP32)
     assert (plain - theirs).abs().max() > 100 * FP32  # the adapter does something
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3n", "gemma4", "mistral", "granite", "opt"])
+def test_peft_computes_the_loss_after_the_step(name, tmp_path):
+    """Four rows: one is evaluated, by the model's own attention on both sides."""
+    make_model(name, torch.float32).save_pretrained(tmp_path / "model")
+    adapter = initialize(open_model(str(tmp_path / "model")), make_batches((9, 12)), InitConfig(rank=4, gamma=64.0))
+    adapter.save(tmp_path / "peft")
+    model, _, caught = peft_logits(tmp_path / "model", tmp_path / "peft", make_batches()[0])
+    rows = [
+        {key: value[row : row + 1] for key, value in batch.items()}
+        for batch in make_batches((9, 12))
+        for row in range(2)
+    ]
+    with torch.no_grad():
+        losses = [reference_loss(model.eval(), [row]).item() for row in rows]
+    assert caught == []
+    assert min(abs(loss - adapter.loss.after) for loss in losses) < FP32 * adapter.loss.after
 
 
 def test_header_and_tensors_are_enough_without_this_package(case, tmp_path):

@@ -84,7 +84,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     ),
     "no causal model": (
         lambda directory: T5Config().save_pretrained(directory),
-        r"cannot be opened as a causal language model: Unrecognized configuration class .*T5Config.{0,60}$",
+        r"is an encoder-decoder; use --task seq2seq-lm, or sequence-classification$",
     ),
     "no language model": (
         lambda directory: CLIPConfig().save_pretrained(directory),

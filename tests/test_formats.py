@@ -383,7 +383,6 @@ def test_parse_columns() -> None:
         ("=question", "expected name=column"),
         ("prompt=a,,text=b", "has ''"),
         ("prompt=a,prompt=b", "names 'prompt' twice"),
-        ("answer=a", "cannot name 'answer'; expected one of text, prompt, completion, messages, tools"),
     ],
 )
 def test_parse_columns_refuses(option: str, message: str) -> None:
@@ -393,8 +392,13 @@ def test_parse_columns_refuses(option: str, message: str) -> None:
 
 def test_check_columns() -> None:
     check_columns({"tools": "x"})
-    with pytest.raises(ConfigError, match="cannot name 'conversations'"):
-        check_columns({"conversations": "x"})
+    check_columns({"label": "x", "text_pair": "y"}, "sequence-classification")
+    with pytest.raises(
+        ConfigError, match="cannot name 'answer'; expected one of text, prompt, completion, messages, tools"
+    ):
+        check_columns({"answer": "x"})
+    with pytest.raises(ConfigError, match="cannot name 'prompt'; expected one of text, text_pair, label"):
+        check_columns({"prompt": "x"}, "sequence-classification")
 
 
 # Errors.
