@@ -117,6 +117,12 @@ def _check_directory(output: Path, overwrite: bool) -> None:
     check_output(output, overwrite)
 
 
+def _check_adapter(output: Path, overwrite: bool) -> None:
+    from loraone_init.adapter_files import check_output
+
+    check_output(output, overwrite)
+
+
 def _print(output: Path, facts: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
         click.echo(json.dumps({"output": str(output), **facts}, indent=2))
@@ -140,6 +146,18 @@ def merged(export: Export, dtype: Any) -> dict[str, Any]:
     from .merged import export_merged
 
     return export_merged(export.base, export.lora, export.output, dtype)
+
+
+@target("peft", output_help="FILE.safetensors, or a PEFT directory.", check=_check_adapter)
+@click.option("--plain-scaling", is_flag=True, help="Write α' = s·r without rsLoRA, for readers that ignore rsLoRA.")
+def peft(export: Export, plain_scaling: bool) -> dict[str, Any]:
+    """A PEFT directory from the single file, or the single file from a directory.
+
+    The factors are copied byte for byte, and the record of the initialisation goes along.
+    """
+    from .peft import export_peft
+
+    return export_peft(export.lora, export.output, plain_scaling=plain_scaling)
 
 
 if __name__ == "__main__":

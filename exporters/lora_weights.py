@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from loraone_init.adapter import FORMAT_VERSION
 from loraone_init.adapter_files import CONFIG, PREFIX, WEIGHTS
 from loraone_init.errors import AdapterError
 from loraone_init.factors import LoraPair
@@ -45,6 +46,11 @@ class LoraWeights:
     record: Mapping[str, Any] | None = None
 
     @property
+    def file(self) -> Path:
+        """The safetensors file."""
+        return _weights_file(self.path)
+
+    @property
     def task_type(self) -> str | None:
         return self.peft_config.get("task_type")
 
@@ -61,7 +67,7 @@ class LoraWeights:
 
 def read_lora(path: Path) -> LoraWeights:
     """Raises AdapterError for what is no LoRA adapter, or has parts that no plain LoRA has."""
-    file = path / WEIGHTS if path.is_dir() else path
+    file = _weights_file(path)
     if not file.is_file():
         expected = f"a .safetensors file of loraone-init, or a directory with {WEIGHTS} and {CONFIG}"
         raise AdapterError(f"there is no adapter {file}; give {expected}")
@@ -74,10 +80,14 @@ def read_lora(path: Path) -> LoraWeights:
     try:
         config, record = _read_config(path, metadata)
         pairs, replacements = _sort_tensors(tensors)
-        scales = {module: _scale(module, len(pair.A), config) for module, pair in pairs.items()}
+        scales = {module: scale_of(module, len(pair.A), config) for module, pair in pairs.items()}
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
     return LoraWeights(path, pairs, scales, config, replacements, record)
+
+
+def _weights_file(path: Path) -> Path:
+    return path / WEIGHTS if path.is_dir() else path
 
 
 def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -90,7 +100,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
         else:
             where = f"{CONFIG} beside it" if path.is_dir() else "PEFT configuration in its header"
             raise AdapterError(f"it has no {where}, so its scale is not known; pass the whole PEFT directory")
-        record = json.loads(metadata["loraone"]) if "loraone" in metadata else None
+        record = _read_record(metadata)
     except (ValueError, OSError) as error:
         raise AdapterError(f"its configuration cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -100,6 +110,15 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
         if config.get(key):
             raise AdapterError(f"it uses {what} ({key}), which cannot be exported; merge it with PEFT")
     return config, record
+
+
+def _read_record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    if "loraone" not in metadata:
+        return None
+    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        raise AdapterError(f"it has format version {version}, this release reads {FORMAT_VERSION}")
+    record: dict[str, Any] = json.loads(metadata["loraone"])
+    return record
 
 
 def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair], dict[str, torch.Tensor]]:
@@ -127,7 +146,7 @@ def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair]
     return {module: LoraPair(factors["A"], factors["B"]) for module, factors in sides.items()}, replacements
 
 
-def _scale(module: str, rank: int, config: Mapping[str, Any]) -> float:
+def scale_of(module: str, rank: int, config: Mapping[str, Any]) -> float:
     """α/√r (rsLoRA) or α/r, with the module's own α where `alpha_pattern` has one."""
     alpha = float(config["lora_alpha"])
     for pattern, value in (config.get("alpha_pattern") or {}).items():

@@ -1,0 +1,92 @@
+"""PEFT directories and our single file, each made of the other. The tensors are copied byte for byte."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraone_init.adapter import Adapter
+from loraone_init.adapter_files import CARD, CONFIG, WEIGHTS, is_single_file
+from loraone_init.atomic import atomic_directory, atomic_file
+from loraone_init.checkpoint import read_header
+from loraone_init.errors import ExportError
+from loraone_init.model_card import model_card
+
+from .lora_weights import LoraWeights, scale_of
+
+_ALIGNMENT = 8
+
+
+def export_peft(lora: LoraWeights, output: Path, *, plain_scaling: bool = False) -> dict[str, Any]:
+    """Write our single file if `output` ends in .safetensors, else a PEFT directory; whole or not at all.
+
+    plain_scaling: the configuration says `use_rslora: false` and α' = s·r, for readers that know no other scale than
+    α/r. The factors and s stay as they are.
+    Raises ExportError for a single file of an adapter without our record, or of a directory whose configuration has
+    been edited to another scale than that record's.
+    """
+    config = plain_config(lora) if plain_scaling else dict(lora.peft_config)
+    if is_single_file(output):
+        _check_record(lora)
+        with atomic_file(output) as temporary:
+            _copy_weights(lora.file, config, temporary)
+    else:
+        with atomic_directory(output) as directory:
+            _copy_weights(lora.file, config, directory / WEIGHTS)
+            if lora.record is not None:
+                card = model_card(Adapter.load(lora.path))
+                (directory / CARD).write_text(card, encoding="utf-8")
+            (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return {"layers": len(lora.pairs), "scaling": "α/√r" if config.get("use_rslora") else "α/r"}
+
+
+def plain_config(lora: LoraWeights) -> dict[str, Any]:
+    """PEFT's configuration with α' = s·r and no rsLoRA; layers with another α' are in its `alpha_pattern`."""
+    alphas = {module: _number(lora.scales[module] * len(pair.A)) for module, pair in lora.pairs.items()}
+    ((common, _),) = Counter(alphas.values()).most_common(1)
+    others = {module: alpha for module, alpha in alphas.items() if alpha != common}
+    config = dict(lora.peft_config) | {"lora_alpha": common, "use_rslora": False}
+    if others or config.get("alpha_pattern"):
+        config["alpha_pattern"] = others
+    return config
+
+
+def _number(alpha: float) -> float:
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _check_record(lora: LoraWeights) -> None:
+    if lora.record is None:
+        raise ExportError(
+            f"{lora.path} was not written by loraone-init: it has no record of an initialisation, which the single file"
+            " must hold; name a directory as output"
+        )
+    recorded = json.loads(read_header(lora.file)[1]["__metadata__"]["peft_config"])
+    for module, pair in lora.pairs.items():
+        scale = scale_of(module, len(pair.A), recorded)
+        if not math.isclose(lora.scales[module], scale):
+            raise ExportError(
+                f"{lora.path / CONFIG} has been edited: layer {module} has scale {lora.scales[module]:g} by it,"
+                f" {scale:g} by the record beside the factors; name a directory as output"
+            )
+
+
+def _copy_weights(source: Path, config: Mapping[str, Any], target: Path) -> None:
+    """A copy of the file; where its header holds a configuration that is not `config`, with `config` in its place."""
+    start, header = read_header(source)
+    metadata = header.get("__metadata__", {})
+    if "peft_config" not in metadata or json.loads(metadata["peft_config"]) == config:
+        shutil.copyfile(source, target)
+        return
+    header["__metadata__"] = dict(sorted((metadata | {"peft_config": json.dumps(config)}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
+    with open(source, "rb") as old, open(target, "wb") as new:
+        old.seek(start)
+        new.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(old, new)
