@@ -123,6 +123,17 @@ def _check_adapter(output: Path, overwrite: bool) -> None:
     check_output(output, overwrite)
 
 
+def _check_gguf(output: Path, overwrite: bool) -> None:
+    from loraone_init.adapter_files import check_output
+    from loraone_init.errors import OutputError
+
+    from .gguf import SUFFIX
+
+    if output.suffix != SUFFIX:
+        raise OutputError(f"{output}: this target writes one file; name it {output.stem}{SUFFIX}")
+    check_output(output, overwrite, SUFFIX)
+
+
 def _print(output: Path, facts: dict[str, Any], as_json: bool, quiet: bool) -> None:
     if as_json:
         click.echo(json.dumps({"output": str(output), **facts}, indent=2))
@@ -158,6 +169,22 @@ def peft(export: Export, plain_scaling: bool) -> dict[str, Any]:
     from .peft import export_peft
 
     return export_peft(export.lora, export.output, plain_scaling=plain_scaling)
+
+
+@target("mlx")
+def mlx(export: Export) -> dict[str, Any]:
+    """An adapter directory for mlx-lm's --adapter-path."""
+    from .mlx import export_mlx
+
+    return export_mlx(export.base, export.lora, export.output)
+
+
+@target("gguf", output_help="FILE.gguf to write.", check=_check_gguf)
+def gguf(export: Export) -> dict[str, Any]:
+    """A LoRA adapter for llama.cpp's --lora, in fp32."""
+    from .gguf import export_gguf
+
+    return export_gguf(export.base, export.lora, export.output)
 
 
 if __name__ == "__main__":

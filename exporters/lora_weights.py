@@ -131,7 +131,7 @@ def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair]
             sides.setdefault(match["module"], {})[match["side"]] = tensor
         elif ".lora_" in name:
             raise AdapterError(f"tensor {full_name} is no factor of a linear layer; merge the adapter with PEFT")
-        else:
+        elif ".base_layer." not in name:  # PEFT saves an adapted embedding's frozen weight along: it is the base's
             replacements[name] = tensor
     for module, factors in sides.items():
         if len(factors) < 2:

@@ -22,42 +22,43 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
 DIRECTORY_FILES = (WEIGHTS, CARD, CONFIG)
+SUFFIX = ".safetensors"
 
 
 def is_single_file(path: Path) -> bool:
-    return path.suffix == ".safetensors"
+    return path.suffix == SUFFIX
 
 
 _OTHER_FORMATS = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".json", ".zip", ".npz"}
 
 
-def check_output(path: Path, overwrite: bool) -> None:
-    """Raise OutputError if `path` cannot be written, before any work is done."""
+def check_output(path: Path, overwrite: bool, suffix: str = SUFFIX) -> None:
+    """Raise OutputError if `path` cannot be written, before any work is done. One that ends in `suffix` is a file."""
     try:
-        _check_existing(path, overwrite)
-        _check_writable(path)
+        _check_existing(path, overwrite, suffix)
+        _check_writable(path, suffix)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another output") from error
 
 
-def _check_existing(path: Path, overwrite: bool) -> None:
-    if is_single_file(path):
+def _check_existing(path: Path, overwrite: bool, suffix: str) -> None:
+    if path.suffix == suffix:
         if path.is_dir():
-            raise OutputError(f"{path} is a directory; name a file, or a directory without .safetensors at its end")
+            raise OutputError(f"{path} is a directory; name a file, or a directory without {suffix} at its end")
         existing = [path] if path.exists() else []
     else:
         if path.suffix.lower() in _OTHER_FORMATS:
-            raise OutputError(f"{path}: adapters are not written as {path.suffix}; name it {path.stem}.safetensors")
+            raise OutputError(f"{path}: adapters are not written as {path.suffix}; name it {path.stem}{suffix}")
         if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file; an output without .safetensors at its end is a directory")
+            raise OutputError(f"{path} is a file; an output without {suffix} at its end is a directory")
         existing = sorted(path.iterdir()) if path.is_dir() else []
     if existing and not overwrite:
         raise OutputError(f"{existing[0]} exists already; choose another output, or pass --overwrite")
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path, suffix: str) -> None:
     """By a file without a name in the directory that is there already: permissions alone do not tell."""
-    wanted = path.absolute().parent if is_single_file(path) else path.absolute()
+    wanted = path.absolute().parent if path.suffix == suffix else path.absolute()
     ancestor = next(parent for parent in (wanted, *wanted.parents) if parent.exists())
     if not ancestor.is_dir():
         raise OutputError(f"cannot write {path}: {ancestor} is a file, not a directory; choose another output")
@@ -68,10 +69,6 @@ def _check_writable(path: Path) -> None:
 def save_adapter(adapter: Adapter, path: Path, overwrite: bool) -> None:
     """See `Adapter.save`."""
     check_output(path, overwrite)
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make directory {path.parent}: {error.strerror}") from error
     if is_single_file(path):
         with atomic_file(path) as temporary:
             _write_weights(adapter, temporary)

@@ -18,9 +18,10 @@ from .errors import OutputError
 def atomic_file(target: Path) -> Iterator[Path]:
     """A temporary path beside `target`, renamed to it at the end; removed, and `target` untouched, on any error.
 
-    Raises OutputError for what the file system refuses, such as a full disk.
+    The directories it is to be in are made. Raises OutputError for what the file system refuses, such as a full disk.
     """
     with _output_errors(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_prefix(target), suffix=".partial", dir=target.parent)
         os.close(handle)
         temporary = Path(name)
@@ -37,11 +38,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     """A temporary directory, renamed to `target` at the end; removed on any error.
 
     Where `target` exists, the temporary one is inside of it (beside it may be another file system, or no right to
-    write), its files are moved at the end, and other files are kept. Raises OutputError as `atomic_file` does.
-    Directories may lie in it.
+    write), its files are moved at the end, and other files are kept. Makes directories and
+    raises OutputError as `atomic_file` does. Directories may lie in it.
     """
     exists = target.is_dir()
     with _output_errors(target):
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
         place = target if exists else target.parent
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=".partial", dir=place))
         try:

@@ -53,7 +53,8 @@ def test_adapted_output_embedding_leaves_the_tied_input_embedding(tmp_path: Path
     base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
     save_peft(adapter, save_base(base, "gemma2"), target_modules=["lm_head", "q_proj"])
     assert export("merged", base, adapter, "-o", merged).exit_code == 0
-    model = AutoModelForCausalLM.from_pretrained(merged)
+    model, loading = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not loading["unexpected_keys"]  # such as the frozen lm_head that PEFT saves beside its factors
     original = AutoModelForCausalLM.from_pretrained(base)
     assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
     assert not torch.equal(model.lm_head.weight, original.lm_head.weight)

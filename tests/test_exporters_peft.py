@@ -61,7 +61,9 @@ def test_plain_scaling_computes_the_same(tmp_path: Path) -> None:
     assert export("peft", base, adapter, "-o", plain, "--plain-scaling").exit_code == 0
     config = json.loads((plain / "adapter_config.json").read_text())
     assert config["use_rslora"] is False
-    assert load_file(plain / "adapter_model.safetensors").keys() == load_file(adapter / "adapter_model.safetensors").keys()
+    assert (
+        load_file(plain / "adapter_model.safetensors").keys() == load_file(adapter / "adapter_model.safetensors").keys()
+    )
     expected = peft_logits(base, adapter)
     assert relative_error(peft_logits(base, plain), expected) < ROUNDING
     assert export("peft", base, adapter, "-o", wrong).exit_code == 0
