@@ -77,6 +77,11 @@ class _Merger:
             weight = f"{module}.weight"
             if weight in names:
                 self._layers[names[weight]] = module
+            elif weight not in tied:
+                raise ExportError(
+                    f"layer {module} of {lora.path} is stored in another form in {base.source.name} than the model has"
+                    " it; merge it with PEFT"
+                )
             else:  # an output embedding that is tied: its change must not reach the input embedding
                 self._layers[weight] = module
                 self.untied[weight] = names[tied[weight]]

@@ -101,11 +101,14 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def map_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str] | None:
+def map_parameters(
+    model: PreTrainedModel, names: Iterable[str], *, skip_converted: bool = False
+) -> dict[str, str] | None:
     """For every parameter and persistent buffer of `model` that the checkpoint holds, the checkpoint's name for it.
 
     Checkpoint names are not always module names; transformers' own conversion mapping renames them. None where some
-    tensor is not only renamed but put together from several (fused experts): it cannot be read alone.
+    tensor is not only renamed but put together from several (fused experts), since it cannot be read alone; with
+    `skip_converted` such tensors are left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -120,6 +123,8 @@ def map_parameters(model: PreTrainedModel, names: Iterable[str]) -> dict[str, st
         if renamed not in state and name in state:
             renamed, converter = name, None
         if converter is not None and renamed in state:
+            if skip_converted:
+                continue
             return None
         if renamed in state:
             found[renamed] = name

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from click.testing import CliRunner, Result
-from conftest import make_batches, make_model
+from conftest import VOCABULARY, make_batches, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loraone_init.exporters.cli import main
 
@@ -30,6 +30,24 @@ def save_peft(directory: Path, model: PreTrainedModel, **options: object) -> Non
     torch.manual_seed(3)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | options
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(directory)
+
+
+def make_moe(name: str) -> PreTrainedModel:
+    """Two blocks of four experts each."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts" if name == "qwen3_moe" else "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval()
 
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:

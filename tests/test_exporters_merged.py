@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CAUSAL_CONFIGS, content, error_line, make_model, relative_error
-from exports import ROUNDING, export, logits_of, peft_logits, save_base, save_peft
+from exports import ROUNDING, export, logits_of, make_moe, peft_logits, save_base, save_peft
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +26,21 @@ def test_logits_equal_base_and_adapter(name: str, tmp_path: Path) -> None:
     expected = peft_logits(base, adapter)
     assert relative_error(logits_of(model), expected) < ROUNDING
     assert relative_error(logits_of(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.01
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_attention_of_a_mixture_of_experts(name: str, tmp_path: Path) -> None:
+    """Its checkpoint holds every expert apart; the model has them fused."""
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    model = make_moe(name)
+    model.save_pretrained(base)
+    save_peft(adapter, model, target_modules=["q_proj", "v_proj"])
+    result = export("merged", base, adapter, "-o", merged)
+    assert result.exit_code == 0, result.output
+    merged_model, loading = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert relative_error(logits_of(merged_model), peft_logits(base, adapter)) < ROUNDING
 
 
 def test_ranks_and_alphas_of_single_layers(tmp_path: Path) -> None:
