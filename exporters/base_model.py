@@ -13,6 +13,7 @@ from loraone_init.errors import ExportError, ModelError, describe
 from loraone_init.sources import LocalModel, resolve_model
 from loraone_init.targets import layer_shape
 
+from .expert_weights import separate_experts
 from .lora_weights import LoraWeights
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def open_base(
         raise ExportError(f"{lora.path}: task type {lora.task_type} is not known; known are {', '.join(AUTO_CLASSES)}")
     module = _skeleton(source, auto_class, trust_remote_code)
     base = BaseModel(source, checkpoint, module, auto_class, trust_remote_code)
-    _check_layers(base, lora)
+    _check_layers(base, separate_experts(module, lora))
     if not any_base:
         _check_fingerprint(base, lora)
     return base

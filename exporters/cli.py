@@ -45,11 +45,16 @@ def main() -> None:
 
 
 def target(
-    name: str, *, output_help: str = "Directory to write.", check: Callable[[Path, bool], None] | None = None
+    name: str,
+    *,
+    output_help: str = "Directory to write.",
+    check: Callable[[Path, bool], None] | None = None,
+    takes_experts: bool = False,
 ) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
     """A subcommand: the options that all share, the adapter and its base opened and checked, the result printed.
 
     check: raises OutputError where the output cannot be written; by default for a directory.
+    takes_experts: whether it can do with factors of fused experts; they are refused otherwise.
     """
 
     def decorate(run: Callable[..., dict[str, Any]]) -> click.Command:
@@ -71,7 +76,10 @@ def target(
             with one_line_errors(verbose):
                 start_logging(quiet or as_json, verbose)
                 (check or _check_directory)(output, overwrite)
+                from loraone_init.errors import ExportError
+
                 from .base_model import open_base
+                from .expert_weights import separate_experts
                 from .lora_weights import read_lora
 
                 lora = read_lora(adapter)
@@ -83,6 +91,11 @@ def target(
                     trust_remote_code=trust_remote_code,
                     any_base=any_base,
                 )
+                lora = separate_experts(base.module, lora)
+                if lora.experts and not takes_experts:
+                    raise ExportError(
+                        f"{adapter} adapts fused experts, which {name} cannot hold; export merged instead"
+                    )
                 facts = run(Export(base, lora, output, overwrite), **options)
                 _print(output, facts, as_json, quiet)
 
@@ -142,7 +155,7 @@ def _print(output: Path, facts: dict[str, Any], as_json: bool, quiet: bool) -> N
         click.echo(f"written: {output} ({told})")
 
 
-@target("merged")
+@target("merged", takes_experts=True)
 @click.option(
     "--dtype",
     default="auto",
@@ -159,7 +172,7 @@ def merged(export: Export, dtype: Any) -> dict[str, Any]:
     return export_merged(export.base, export.lora, export.output, dtype)
 
 
-@target("peft", output_help="FILE.safetensors, or a PEFT directory.", check=_check_adapter)
+@target("peft", output_help="FILE.safetensors, or a PEFT directory.", check=_check_adapter, takes_experts=True)
 @click.option("--plain-scaling", is_flag=True, help="Write α' = s·r without rsLoRA, for readers that ignore rsLoRA.")
 def peft(export: Export, plain_scaling: bool) -> dict[str, Any]:
     """A PEFT directory from the single file, or the single file from a directory.

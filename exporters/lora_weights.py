@@ -21,9 +21,32 @@ from loraone_init.factors import LoraPair
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _UNSUPPORTED = {
     "use_dora": "DoRA",
-    "target_parameters": "factors of raw parameters",
     "layer_replication": "replication",
 }
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Stacked factors of a parameter of E experts: A (E·r, in), expert first, and B (out, r·E), expert last.
+
+    transposed: the parameter is (E, in, out), else (E, out, in).
+    """
+
+    pair: LoraPair
+    num_experts: int
+    scale: float
+    transposed: bool
+
+    @property
+    def rank(self) -> int:
+        return len(self.pair.A) // self.num_experts
+
+    def delta(self) -> torch.Tensor:
+        """s·B·A of every expert in fp32, of the parameter's shape."""
+        A = self.pair.A.float().unflatten(0, (self.num_experts, -1))
+        B = self.pair.B.float().unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
+        delta = self.scale * (B @ A)
+        return delta.mT if self.transposed else delta
 
 
 @dataclass(frozen=True)
@@ -35,6 +58,8 @@ class LoraWeights:
     scales:       s of every module; the adapted weight is W + s·B·A.
     replacements: trained tensors that take the place of the base's, by the model's name for them (`modules_to_save`).
     peft_config:  the content of adapter_config.json.
+    experts:      factors of fused experts, by the parameter's name. `separate_experts` finds them, with the model; before,
+                  they are among `pairs`.
     record:       what loraone-init noted of the adapter ("loraone" in docs/format.md); None for another tool's.
     """
 
@@ -43,6 +68,7 @@ class LoraWeights:
     scales: Mapping[str, float]
     peft_config: Mapping[str, Any]
     replacements: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
     record: Mapping[str, Any] | None = None
 
     @property
@@ -83,7 +109,7 @@ def read_lora(path: Path) -> LoraWeights:
         scales = {module: scale_of(module, len(pair.A), config) for module, pair in pairs.items()}
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
-    return LoraWeights(path, pairs, scales, config, replacements, record)
+    return LoraWeights(path, pairs, scales, config, replacements, record=record)
 
 
 def _weights_file(path: Path) -> Path:

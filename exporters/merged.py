@@ -1,6 +1,7 @@
 """The merged model: every adapted weight W + s·B·A, as a directory that any Hugging Face tool opens.
 
-The checkpoint goes through tensor by tensor: memory holds the largest tensor and its change, not the model.
+The checkpoint goes through tensor by tensor: memory holds the largest tensor and its change, not the model. Where fused
+experts are adapted, it holds the changes of two of their parameters, in fp32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from loraone_init.errors import ExportError, NumericalError
 from loraone_init.targets import is_conv1d
 
 from .base_model import BaseModel
-from .lora_weights import LoraWeights
+from .lora_weights import ExpertWeights, LoraWeights
 from .safetensors_writer import TensorSpec, write_streamed
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def export_merged(base: BaseModel, lora: LoraWeights, output: Path, dtype: DType
     with atomic_directory(output) as directory:
         write_merged(base, lora, directory, dtype)
         num_bytes = sum(file.stat().st_size for file in directory.iterdir())
-    return {"layers": len(lora.pairs), "bytes": num_bytes}
+    return {"layers": len(lora.pairs) + len(lora.experts), "bytes": num_bytes}
 
 
 def write_merged(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType = "auto") -> None:
@@ -85,6 +86,7 @@ class _Merger:
             else:  # an output embedding that is tied: its change must not reach the input embedding
                 self._layers[weight] = module
                 self.untied[weight] = names[tied[weight]]
+        self._experts = _ExpertDeltas(base, lora)
         self._replacements = {names.get(name, name): tensor for name, tensor in lora.replacements.items()}
 
     @property
@@ -105,11 +107,15 @@ class _Merger:
         if name in self._replacements:
             return self._replacements[name].to(spec.dtype)
         tensor = self._checkpoint.read(self.untied.get(name, name), torch.Size(spec.shape))
-        if (module := self._layers.get(name)) is None:
+        module = self._layers.get(name) or self._experts.parameter_of(name)
+        if module is None:
             return tensor.to(spec.dtype)
-        delta = self._lora.delta(module)
-        if is_conv1d(self._modules[module]):
-            delta = delta.T
+        if module in self._lora.experts:
+            delta = self._experts(name)
+        else:
+            delta = self._lora.delta(module)
+            if is_conv1d(self._modules[module]):
+                delta = delta.T
         merged = delta.add_(tensor).to(spec.dtype)
         if not merged.isfinite().all():
             raise NumericalError(f"the merged weight of layer {module} is not finite in {spec.dtype}; try --dtype fp32")
@@ -117,6 +123,44 @@ class _Merger:
 
     def _cast(self, dtype: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+
+
+class _ExpertDeltas:
+    """Changes of fused experts, in the form in which the checkpoint has them: usually each expert by itself."""
+
+    def __init__(self, base: BaseModel, lora: LoraWeights) -> None:
+        self._model = base.module
+        self._weights: Mapping[str, ExpertWeights] = lora.experts
+        self._parameters: dict[str, str] = {}
+        self._latest: dict[str, dict[str, torch.Tensor]] = {}
+        for parameter in lora.experts:
+            empty = torch.empty(self._model.get_parameter(parameter).shape, device="meta")
+            for name, tensor in self._as_stored(parameter, empty).items():
+                if name not in base.checkpoint.names or base.checkpoint.spec(name)[1] != tuple(tensor.shape):
+                    raise ExportError(
+                        f"{base.source.name} does not hold {parameter} in the form that transformers writes: there is no"
+                        f" {name} of shape {tuple(tensor.shape)}; merge the adapter with PEFT"
+                    )
+                self._parameters[name] = parameter
+
+    def parameter_of(self, name: str) -> str | None:
+        """The fused parameter that a tensor of the checkpoint is a part of."""
+        return self._parameters.get(name)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """A block's two parameters are kept, since the checkpoint's order goes from one to the other."""
+        parameter = self._parameters[name]
+        if parameter not in self._latest:
+            if len(self._latest) > 1:
+                del self._latest[next(iter(self._latest))]
+            self._latest[parameter] = self._as_stored(parameter, self._weights[parameter].delta())
+        return self._latest[parameter][name].clone()
+
+    def _as_stored(self, parameter: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        stored: dict[str, torch.Tensor] = revert_weight_conversion(self._model, {parameter: tensor})
+        return stored
 
 
 def _copy_rest(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType, untied: bool) -> None:

@@ -42,12 +42,13 @@ def export_peft(lora: LoraWeights, output: Path, *, plain_scaling: bool = False)
                 card = model_card(Adapter.load(lora.path))
                 (directory / CARD).write_text(card, encoding="utf-8")
             (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return {"layers": len(lora.pairs), "scaling": "α/√r" if config.get("use_rslora") else "α/r"}
+    return {"layers": len(lora.pairs) + len(lora.experts), "scaling": "α/√r" if config.get("use_rslora") else "α/r"}
 
 
 def plain_config(lora: LoraWeights) -> dict[str, Any]:
     """PEFT's configuration with α' = s·r and no rsLoRA; layers with another α' are in its `alpha_pattern`."""
     alphas = {module: _number(lora.scales[module] * len(pair.A)) for module, pair in lora.pairs.items()}
+    alphas |= {parameter: _number(stack.scale * stack.rank) for parameter, stack in lora.experts.items()}
     ((common, _),) = Counter(alphas.values()).most_common(1)
     others = {module: alpha for module, alpha in alphas.items() if alpha != common}
     config = dict(lora.peft_config) | {"lora_alpha": common, "use_rslora": False}

@@ -12,6 +12,8 @@ from exports import ROUNDING, export, logits_of, make_moe, peft_logits, save_bas
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
 
 @pytest.mark.parametrize("name", CAUSAL_CONFIGS)
 def test_logits_equal_base_and_adapter(name: str, tmp_path: Path) -> None:
@@ -28,19 +30,37 @@ def test_logits_equal_base_and_adapter(name: str, tmp_path: Path) -> None:
     assert relative_error(logits_of(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.01
 
 
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "v_proj"]}, EXPERTS], ids=["attention", "experts"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
-def test_attention_of_a_mixture_of_experts(name: str, tmp_path: Path) -> None:
+def test_mixture_of_experts(name: str, settings: dict[str, object], tmp_path: Path) -> None:
     """Its checkpoint holds every expert apart; the model has them fused."""
     base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
     model = make_moe(name)
     model.save_pretrained(base)
-    save_peft(adapter, model, target_modules=["q_proj", "v_proj"])
+    save_peft(adapter, model, use_rslora=True, **settings)
     result = export("merged", base, adapter, "-o", merged)
     assert result.exit_code == 0, result.output
+    with safe_open(base / "model.safetensors", "pt") as before, safe_open(merged / "model.safetensors", "pt") as after:
+        assert set(after.keys()) == set(before.keys())
     merged_model, loading = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    assert relative_error(logits_of(merged_model), peft_logits(base, adapter)) < ROUNDING
+    expected = peft_logits(base, adapter)
+    assert relative_error(logits_of(merged_model), expected) < ROUNDING
+    assert relative_error(logits_of(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.01
+
+
+def test_experts_are_refused_where_they_cannot_be_held(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = make_moe("qwen3_moe")
+    model.save_pretrained(base)
+    save_peft(adapter, model, use_rslora=True, **EXPERTS)
+    result = export("gguf", base, adapter, "-o", tmp_path / "a.gguf")
+    assert result.exit_code == 1
+    assert "adapts fused experts" in error_line(result.stderr)
+    plain = tmp_path / "plain"
+    assert export("peft", base, adapter, "-o", plain, "--plain-scaling").exit_code == 0
+    assert relative_error(peft_logits(base, plain), peft_logits(base, adapter)) < ROUNDING
 
 
 def test_ranks_and_alphas_of_single_layers(tmp_path: Path) -> None:
