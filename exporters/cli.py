@@ -93,9 +93,7 @@ def target(
                 )
                 lora = separate_experts(base.module, lora)
                 if lora.experts and not takes_experts:
-                    raise ExportError(
-                        f"{adapter} adapts fused experts, which {name} cannot hold; export merged instead"
-                    )
+                    raise ExportError(f"{adapter} adapts fused experts, which {name} cannot hold; export merged")
                 facts = run(Export(base, lora, output, overwrite), **options)
                 _print(output, facts, as_json, quiet)
 

@@ -45,7 +45,7 @@ class ExpertWeights:
         """s·B·A of every expert in fp32, of the parameter's shape."""
         A = self.pair.A.float().unflatten(0, (self.num_experts, -1))
         B = self.pair.B.float().unflatten(1, (-1, self.num_experts)).permute(2, 0, 1)
-        delta = self.scale * (B @ A)
+        delta: torch.Tensor = self.scale * (B @ A)
         return delta.mT if self.transposed else delta
 
 
@@ -58,8 +58,7 @@ class LoraWeights:
     scales:       s of every module; the adapted weight is W + s·B·A.
     replacements: trained tensors that take the place of the base's, by the model's name for them (`modules_to_save`).
     peft_config:  the content of adapter_config.json.
-    experts:      factors of fused experts, by the parameter's name. `separate_experts` finds them, with the model; before,
-                  they are among `pairs`.
+    experts:      factors of fused experts, by the parameter's name; among `pairs` until `separate_experts` finds them.
     record:       what loraone-init noted of the adapter ("loraone" in docs/format.md); None for another tool's.
     """
 

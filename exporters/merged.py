@@ -138,7 +138,7 @@ class _ExpertDeltas:
             for name, tensor in self._as_stored(parameter, empty).items():
                 if name not in base.checkpoint.names or base.checkpoint.spec(name)[1] != tuple(tensor.shape):
                     raise ExportError(
-                        f"{base.source.name} does not hold {parameter} in the form that transformers writes: there is no"
+                        f"{base.source.name} does not hold {parameter} in the form that transformers writes: no"
                         f" {name} of shape {tuple(tensor.shape)}; merge the adapter with PEFT"
                     )
                 self._parameters[name] = parameter

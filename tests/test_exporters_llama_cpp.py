@@ -1,4 +1,4 @@
-"""llama.cpp with our adapters against PyTorch with PEFT. Needs llama-cpp-python, which builds from source in minutes."""
+"""llama.cpp with our adapters against PyTorch with PEFT. llama-cpp-python builds from source in minutes."""
 
 from __future__ import annotations
 
