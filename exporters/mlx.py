@@ -7,6 +7,7 @@ zeros, and what is left of a layer's scale goes into its lora_b: the product sta
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from loraone_init.errors import ExportError, describe
 from .base_model import BaseModel
 from .extras import require
 from .lora_weights import LoraWeights
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -38,6 +41,7 @@ def export_mlx(base: BaseModel, lora: LoraWeights, output: Path) -> dict[str, An
         )
     model = _open(base)
     _check_layers(model, lora, base)
+    _compare_rotary_base(model, base)
     keys, num_layers = _keys(model, set(lora.pairs))
     tensors, rank, scale = _factors(lora)
     config = {
@@ -79,6 +83,20 @@ def _check_layers(model: Any, lora: LoraWeights, base: BaseModel) -> None:
                 continue
         raise ExportError(
             f"layer {name} {shape} of {lora.path} {found} in mlx-lm's {base.config.model_type}; export merged instead"
+        )
+
+
+def _compare_rotary_base(model: Any, base: BaseModel) -> None:
+    """The adapter is right all the same, but the user would blame it."""
+    wanted = (getattr(base.config, "rope_parameters", None) or {}).get("rope_theta")
+    found = getattr(model.args, "rope_theta", wanted)
+    if found != wanted:
+        logger.warning(
+            "mlx-lm takes the rotary base of %s for %g, it is %g: it looks for rope_theta in config.json, which"
+            " transformers 5 writes into rope_parameters; add it there before you run the model with mlx-lm",
+            base.source.name,
+            found,
+            wanted,
         )
 
 

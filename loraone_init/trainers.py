@@ -14,8 +14,8 @@ _DIRECTORY = "lora-dir"
 def lines_for_trainers(adapter: Adapter, output: Path) -> dict[str, str]:
     """Ready to paste, by trainer. All read a PEFT directory: for a single file, the first says how to make one of it.
 
-    By the trainers' own documentation: Axolotl's lora_model_dir, LLaMA-Factory's adapter_name_or_path, ms-swift's
-    --adapters. Those three train language models: other adapters get PEFT's lines only.
+    Axolotl's lora_model_dir, LLaMA-Factory's adapter_name_or_path and ms-swift's --adapters go on from an adapter.
+    Those three train language models: other adapters get PEFT's lines only.
     """
     model, single = adapter.base.get("name") or "MODEL", is_single_file(output)
     directory = _DIRECTORY if single else str(output)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import content, error_line, make_batches, relative_error
+from conftest import content, error_line, make_batches, make_model, relative_error
 from exports import export, peft_logits, save_base, save_peft
 from safetensors.torch import load_file
 
@@ -103,6 +103,17 @@ def test_what_mlx_lm_cannot_read_is_refused(name: str, settings: dict[str, objec
     assert told in message
     assert "export merged" in message
     assert content(tmp_path) == before
+
+
+def test_a_base_that_mlx_lm_misreads_is_pointed_out(tmp_path: Path) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = make_model("llama", torch.float32)
+    model.config.rope_parameters["rope_theta"] = 5e5
+    model.save_pretrained(base)
+    save_peft(adapter, model)
+    result = export("mlx", base, adapter, "-o", tmp_path / "mlx")
+    assert result.exit_code == 0
+    assert "Warning: mlx-lm takes the rotary base of" in result.stderr
 
 
 def test_missing_package_names_the_command(
