@@ -18,6 +18,7 @@ from .config import InitConfig
 from .errors import ConfigError, DataError, ModelError, NumericalError
 from .estimate import estimate_memory
 from .evaluation import evaluate_step
+from .experts import expert_stacks, experts_as_layers, renamed_targets
 from .factors import LoraPair, spectral_init
 from .gradients import LayerGradient, stream_gradients
 from .heads import saved_tensors
@@ -81,7 +82,7 @@ def initialize(
     mine = share_of(rows, ranks.rank, ranks.size, by_row)
     own = [piece.batch for piece in mine]
     budget = None if max_memory is None else _activation_budget(opened, targets, own, max_memory)
-    with _frozen(opened.module):
+    with _frozen(opened.module), experts_as_layers(opened.module, targets):
         losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, budget, ranks)
         pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
         with monitor.timed("evaluate"):
@@ -113,6 +114,8 @@ def initialize(
         task_type=NAMES[opened.task].peft if loss is None else None,
         saved=saved_tensors(opened.module, saved),
         fan_in_fan_out=any(map(is_conv1d, targets.values())),
+        experts=expert_stacks(targets),
+        by_parameter=renamed_targets(opened.module, targets),
     )
 
 
