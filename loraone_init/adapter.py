@@ -198,7 +198,7 @@ def parse_metadata(
     metadata: Mapping[str, str],
     saved: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> Adapter:
-    """The adapter from what `Adapter.tensors` gave, the modules it holds whole, and the metadata that `Adapter.metadata` wrote."""
+    """The adapter from what `Adapter.tensors` gave, the modules it holds whole, and `Adapter.metadata`."""
     version = metadata.get("format_version")
     if version is None or "loraone" not in metadata:
         raise AdapterError("it has no loraone metadata: not written by loraone-init")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from .errors import ModelError
 from .expert_layout import ExpertStack, renamed_by_peft, wrapper_paths
 from .patching import replaced_forward
 
@@ -91,12 +92,18 @@ def expert_stacks(targets: Mapping[str, nn.Module]) -> dict[str, ExpertStack]:
 
 
 def renamed_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Targets that PEFT would not find by their module's name."""
+    """Targets that PEFT has to be told of by their weight's name. Raises ModelError where that is packed."""
     if not any(map(is_fused_experts, model.modules())):
         return ()
-    return tuple(
-        name for name, target in targets.items() if not isinstance(target, ExpertLinear) and renamed_by_peft(name)
-    )
+    layers = {name: target for name, target in targets.items() if not isinstance(target, ExpertLinear)}
+    renamed = tuple(name for name in layers if renamed_by_peft(name))
+    for name in renamed:
+        if type(layers[name].weight) is not nn.Parameter:
+            raise ModelError(
+                f"PEFT takes layer {name} for a part of the fused experts, and cannot adapt it by its weight, which is"
+                " quantized; leave such layers out with --exclude-modules"
+            )
+    return renamed
 
 
 @contextmanager

@@ -28,6 +28,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer, whichever way its weight is stored."""
+    if isinstance(module, nn.Linear):  # whose weight may be packed
+        return module.out_features, module.in_features
     assert isinstance(module.weight, torch.Tensor)
     first, second = module.weight.shape
     return (second, first) if is_conv1d(module) else (first, second)
