@@ -63,7 +63,8 @@ class Collector:
         G = self._sums.pop(name, None)
         if G is None:
             module = self._targets[name]
-            floating = (t.dtype for t in module.parameters() if t.is_floating_point())
+            tensors = [module.weight] if isinstance(module, ExpertLinear) else module.parameters()
+            floating = (t.dtype for t in tensors if t.is_floating_point())
             dtype = torch.promote_types(next(floating, torch.float32), torch.float32)  # as other ranks' sums have it
             return LayerGradient(name, torch.zeros(layer_shape(module), dtype=dtype))
         return LayerGradient(name, G.div_(count))

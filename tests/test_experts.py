@@ -71,7 +71,7 @@ def test_gradients_equal_whole_model_autograd_of_the_fused_parameters(name, adap
     assert found.keys() == expected.keys()
     assert sum(isinstance(m, ExpertLinear) for m in targets.values()) >= 10
     for layer, G in expected.items():
-        torch.testing.assert_close(found[layer].double(), G, rtol=FP64, atol=FP64 * G.abs().max().item())
+        torch.testing.assert_close(found[layer], G, rtol=FP64, atol=FP64 * G.abs().max().item())
 
 
 @ALL
