@@ -12,6 +12,7 @@ import torch
 
 from .config import InitConfig
 from .errors import AdapterError, ConfigError
+from .expert_layout import ExpertStack, expert_names, split_experts, stack_experts
 from .factors import LoraPair
 from .preconditioning import Kind, check_damping
 from .version import __version__
@@ -88,6 +89,9 @@ DEFAULT_PRECONDITIONER = Preconditioner("absolute", 1e-6)
 class Adapter:
     """LoRA factors by module name, with everything a trainer or a reader needs to know.
 
+    pairs:  the experts of a fused parameter one by one, as `<parameter>.0`, `<parameter>.1` and so on.
+    experts: by fused parameter, how many experts it has, and where a file has their stacked factors.
+    by_parameter: modules that PEFT is told of by their weight's name (see `expert_layout.renamed_by_peft`).
     base:   what the model is called: directory or hub id, revision, fingerprint, dtype computed in.
     sample: the data: source, format, rows, tokens, fingerprint, options.
     training: what `loraone-train` did to the factors since; None for a starting point.
@@ -105,10 +109,16 @@ class Adapter:
     preconditioner: Preconditioner = DEFAULT_PRECONDITIONER
     training: Mapping[str, Any] | None = None
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    experts: Mapping[str, ExpertStack] = field(default_factory=dict)
+    by_parameter: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
         return sum(pair.A.numel() + pair.B.numel() for pair in self.pairs.values())
+
+    def tensors(self) -> dict[str, LoraPair]:
+        """The factors as a file has them, by the path before `.lora_A.weight`: those of experts are stacked."""
+        return stack_experts(self.pairs, self.experts)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write one file if `path` ends in .safetensors, else a PEFT directory. Whole or not at all.
@@ -132,6 +142,8 @@ class Adapter:
         `init_lora_weights: true` has no effect on loading, unlike "pissa" or "lora_ga", which would edit the base.
         """
         alpha = self.config.alpha
+        parameters = [*self.experts, *(f"{name}.weight" for name in self.by_parameter)]
+        modules = self.pairs.keys() - {*expert_names(self.experts), *self.by_parameter}
         return {
             "peft_type": "LORA",
             "task_type": self.task_type,
@@ -145,7 +157,8 @@ class Adapter:
             "fan_in_fan_out": self.fan_in_fan_out,
             "init_lora_weights": True,
             "inference_mode": True,
-            "target_modules": sorted(self.pairs),
+            "target_modules": sorted(modules),
+            **({"target_parameters": sorted(parameters)} if parameters else {}),
             **({"modules_to_save": sorted(self.saved)} if self.saved else {}),
         }
 
@@ -161,6 +174,7 @@ class Adapter:
             "loss": asdict(self.loss),
             "preconditioner": asdict(self.preconditioner),
             "layers": {name: asdict(report) for name, report in self.layers.items()},
+            "experts": {parameter: asdict(stack) for parameter, stack in self.experts.items()},
             "training": None if self.training is None else dict(self.training),
         }
         return {
@@ -180,11 +194,11 @@ def modules_to_save(metadata: Mapping[str, str]) -> list[str]:
 
 
 def parse_metadata(
-    pairs: Mapping[str, LoraPair],
+    tensors: Mapping[str, LoraPair],
     metadata: Mapping[str, str],
     saved: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> Adapter:
-    """The adapter from its factors, the modules it holds whole, and the metadata that `Adapter.metadata` wrote."""
+    """The adapter from what `Adapter.tensors` gave, the modules it holds whole, and `Adapter.metadata`."""
     version = metadata.get("format_version")
     if version is None or "loraone" not in metadata:
         raise AdapterError("it has no loraone metadata: not written by loraone-init")
@@ -193,6 +207,9 @@ def parse_metadata(
     try:
         record = json.loads(metadata["loraone"])
         peft = json.loads(metadata["peft_config"])
+        experts = {parameter: ExpertStack(**stack) for parameter, stack in record["experts"].items()}
+        pairs = split_experts(tensors, experts)
+        parameters = set(peft.get("target_parameters", ())) - experts.keys()
         return Adapter(
             pairs={name: pairs[name] for name in record["layers"]},
             config=InitConfig(**{key: _tuples(value) for key, value in record["config"].items()}),
@@ -208,8 +225,10 @@ def parse_metadata(
             preconditioner=Preconditioner(**record["preconditioner"]),
             training=record["training"],
             saved=saved or {},
+            experts=experts,
+            by_parameter=tuple(sorted(name.removesuffix(".weight") for name in parameters)),
         )
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
 
 

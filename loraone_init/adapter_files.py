@@ -104,7 +104,7 @@ def tensor_names(module: str) -> tuple[str, str]:
 
 def _write_weights(adapter: Adapter, path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    for module, pair in adapter.pairs.items():
+    for module, pair in adapter.tensors().items():
         name_a, name_b = tensor_names(module)
         tensors[name_a], tensors[name_b] = pair.A, pair.B
     for module, weights in adapter.saved.items():

@@ -125,6 +125,8 @@ def start_logging(quiet: bool, verbose: bool, silent: bool = False) -> None:
     logger.setLevel(logging.ERROR if silent else level)
     if not verbose:
         warnings.simplefilter("ignore")
+        for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last complains of torchao
+            logging.getLogger(library).setLevel(logging.ERROR)
         from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils import logging as transformers_logging
 

@@ -11,10 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from .config import InitConfig
 from .data import Sample
 from .estimate import estimate_memory, estimate_seconds
+from .experts import ExpertLinear
 from .initialization import check_rank
 from .memory import describe_size, used_memory
 from .models import OpenModel
@@ -27,7 +29,7 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any
     """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would."""
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
     check_rank(targets, config.rank)
-    kinds = Counter((name.rpartition(".")[2], layer_shape(module)) for name, module in targets.items())
+    kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
     memory = estimate_memory(opened, targets, sample.batches)
     program = used_memory(opened.device)
     return {
@@ -42,6 +44,11 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any
         "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
         "seconds": round(estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens), 1),
     }
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    """q_proj; for one expert's matrix experts.down_proj."""
+    return f"experts.{module.parameter}" if isinstance(module, ExpertLinear) else name.rpartition(".")[2]
 
 
 def print_plan(content: Mapping[str, Any], as_json: bool) -> None:

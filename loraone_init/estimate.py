@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .evaluation import num_evaluated
+from .experts import ExpertLinear, expert_layers, fused_parameters, is_fused_experts
 from .models import OpenModel
 from .objective import MAX_LOGITS
 from .targets import is_linear, layer_shape
@@ -92,12 +93,16 @@ def estimate_seconds(
     products_of = {
         name: 2.0 * tokens[block] * _num_weights(opened.module.get_submodule(name)) for name, block in inside.items()
     }
+    routed = _routed_share(opened.module)
+    for block in opened.stack.names:
+        experts = sum(map(_num_weights, _experts_within(opened.module.get_submodule(block))))
+        products_of[f"{block} experts"] = 2.0 * tokens[block] * routed * experts
     forward = sum(products_of.values())
     head = 4.0 * num_label_tokens * sum(_num_weights(opened.module.get_submodule(n)) for n in {*linear} - {*inside})
     adapted = sum(_num_weights(module) for module in targets.values())
     svd = 4.0 * _SVD_VECTORS * _SVD_ITERATIONS * adapted
     evaluated = num_evaluated(rows) / rows
-    gradients = sum(products for name, products in products_of.items() if name in targets)
+    gradients = sum(products for name, products in products_of.items() if name in targets or name.endswith(" experts"))
     products = (2 + evaluated) * forward + forward + gradients + head
     return (products / _EFFICIENCY + svd / _SVD_EFFICIENCY) / matrix_rate(opened.device)
 
@@ -121,20 +126,35 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> int:
 def _gradient_bytes(targets: Mapping[str, nn.Module], block: str) -> int:
     """fp32 (fp64 for an fp64 model); the largest is there twice while its SVD runs."""
     inside = [module for name, module in targets.items() if name.startswith(f"{block}.")]
-    sizes = [_num_weights(module) * max(4, _element_size(module)) for module in inside]
+    sizes = [_num_weights(module) * max(4, _weight_size(module)) for module in inside]
     return sum(sizes) + max(sizes, default=0)
 
 
-def _graph_elements(opened: OpenModel) -> int:
+def _graph_elements(opened: OpenModel) -> float:
     """Of one token, in the block that has the most."""
-    modules = dict(opened.module.named_modules())
-    return max(
-        (
-            sum(sum(layer_shape(m)) for name, m in modules.items() if name.startswith(f"{block}.") and is_linear(m))
-            for block in opened.stack.names
-        ),
-        default=0,
-    )
+    routed = _routed_share(opened.module)
+    blocks = [opened.module.get_submodule(name) for name in opened.stack.names]
+    return max((_layer_elements(block) + routed * _expert_elements(block) for block in blocks), default=0.0)
+
+
+def _layer_elements(block: nn.Module) -> int:
+    return sum(sum(layer_shape(module)) for module in block.modules() if is_linear(module))
+
+
+def _expert_elements(block: nn.Module) -> int:
+    return sum(sum(layer_shape(layer)) for layer in _experts_within(block))
+
+
+def _experts_within(block: nn.Module) -> list[ExpertLinear]:
+    fused = [module for module in block.modules() if is_fused_experts(module)]
+    return [layer for module in fused for name in fused_parameters(module) for layer in expert_layers(module, name)]
+
+
+def _routed_share(module: nn.Module) -> float:
+    """The share of its experts that a token meets; all, where the configuration does not say it in the usual words."""
+    experts = next((m for m in module.modules() if is_fused_experts(m)), None)
+    per_token = getattr(_text_config(module), "num_experts_per_tok", None)
+    return 1.0 if experts is None or per_token is None else float(per_token) / len(expert_layers(experts, "down_proj"))
 
 
 def _num_weights(module: nn.Module) -> int:
@@ -146,7 +166,15 @@ def _element_size(module: nn.Module) -> int:
     return max((parameter.element_size() for parameter in module.parameters()), default=4)
 
 
-def _hidden_size(module: nn.Module) -> int:
+def _weight_size(module: nn.Module) -> int:
+    assert isinstance(module.weight, torch.Tensor)
+    return module.weight.element_size()
+
+
+def _text_config(module: nn.Module) -> Any:
     config: Any = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return int(getattr(text, "hidden_size", 0))
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def _hidden_size(module: nn.Module) -> int:
+    return int(getattr(_text_config(module), "hidden_size", 0))

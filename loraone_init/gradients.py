@@ -15,6 +15,7 @@ from torch import nn
 
 from .activations import ActivationBudget
 from .errors import DataError, ModelError, NumericalError
+from .experts import ExpertLinear
 from .monitor import Monitor
 from .objective import Objective, RowLosses
 from .precision import full_precision
@@ -62,7 +63,8 @@ class Collector:
         G = self._sums.pop(name, None)
         if G is None:
             module = self._targets[name]
-            floating = (t.dtype for t in module.parameters() if t.is_floating_point())
+            tensors = [module.weight] if isinstance(module, ExpertLinear) else module.parameters()
+            floating = (t.dtype for t in tensors if t.is_floating_point())
             dtype = torch.promote_types(next(floating, torch.float32), torch.float32)  # as other ranks' sums have it
             return LayerGradient(name, torch.zeros(layer_shape(module), dtype=dtype))
         return LayerGradient(name, G.div_(count))
@@ -81,8 +83,8 @@ class Collector:
     def _add(self, name: str, x: torch.Tensor, version: int, dY: torch.Tensor) -> None:
         if x._version != version:  # the product would be of another x, and nothing else would notice
             raise ModelError(f"the input of layer {name} is changed in place after the layer; its gradient is lost")
-        self._waiting[name].append((dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])))
-        if sum(len(X) for _, X in self._waiting[name]) >= WIDE_TOKENS:
+        self._waiting[name].append((_own(dY.reshape(-1, dY.shape[-1])), _own(x.reshape(-1, x.shape[-1]))))
+        if sum(len(X) for _, X in self._waiting[name]) >= _wide(self._targets[name]):
             self._multiply(name)
 
     def _multiply(self, name: str) -> None:
@@ -98,6 +100,17 @@ class Collector:
                 self._sums[name].addmm_(dY.T, X)
             else:
                 self._sums[name] = dY.T @ X
+
+
+def _wide(module: nn.Module) -> int:
+    """Tokens that wait, at most. Of many experts' tokens no more than take the memory of their gradients."""
+    rows, columns = layer_shape(module)
+    return min(WIDE_TOKENS, rows * columns // (rows + columns)) if isinstance(module, ExpertLinear) else WIDE_TOKENS
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, not a part of a larger one (all experts' tokens), which would be kept alive with it."""
+    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
 def stream_gradients(

@@ -18,6 +18,7 @@ from .config import InitConfig
 from .errors import ConfigError, DataError, ModelError, NumericalError
 from .estimate import estimate_memory
 from .evaluation import evaluate_step
+from .experts import expert_stacks, experts_as_layers, renamed_targets
 from .factors import LoraPair, spectral_init
 from .gradients import LayerGradient, stream_gradients
 from .heads import saved_tensors
@@ -25,6 +26,7 @@ from .memory import describe_size, used_memory
 from .models import OpenModel, open_module
 from .monitor import Monitor
 from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
+from .quantized import computed_dtype, differentiable, quantization_method
 from .ranks import Alone, Piece, Ranks, share_of
 from .seq2seq import Seq2SeqLM
 from .svd import TruncatedSVD, layer_generator, truncated_svd
@@ -73,6 +75,7 @@ def initialize(
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
     check_rank(targets, config.rank)
+    by_parameter = renamed_targets(opened.module, targets)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
@@ -81,7 +84,7 @@ def initialize(
     mine = share_of(rows, ranks.rank, ranks.size, by_row)
     own = [piece.batch for piece in mine]
     budget = None if max_memory is None else _activation_budget(opened, targets, own, max_memory)
-    with _frozen(opened.module):
+    with _frozen(opened.module), differentiable(opened.module), experts_as_layers(opened.module, targets):
         losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, budget, ranks)
         pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
         with monitor.timed("evaluate"):
@@ -107,12 +110,15 @@ def initialize(
             "name": opened.name,
             "revision": opened.revision,
             "fingerprint": opened.fingerprint,
-            "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
+            "dtype": computed_dtype(opened.module, targets),
+            "quantization": quantization_method(opened.module),
         },
         sample=sample,
         task_type=NAMES[opened.task].peft if loss is None else None,
         saved=saved_tensors(opened.module, saved),
         fan_in_fan_out=any(map(is_conv1d, targets.values())),
+        experts=expert_stacks(targets),
+        by_parameter=by_parameter,
     )
 
 

@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint, declared_dtypes, map_parameters
 from .errors import ConfigError, ModelError, describe
 from .heads import draw_modules, fit_labels, labels_and_head, lacking_modules, settle_padding, without_head
 from .labels import Labels, LabelSource
+from .quantized import check_dtype, prepare_quantized, quantization_method
 from .sources import LocalModel, resolve_model
 from .stores import DiskStore, ResidentStore, get_tensor, set_tensor
 from .streaming import BlockStack
@@ -155,11 +156,19 @@ def _load(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> tuple[
             f"cannot tell the blocks of {type(model).__name__}; name their list with --block-path; there are:"
             f" {describe_module_lists(model)}"
         )
-    names = None if trust_remote_code else map_parameters(model, checkpoint.names)
+    method = quantization_method(model)
+    names = None if trust_remote_code or method else map_parameters(model, checkpoint.names)
     if names is None:
         reason = "the model has code of its own" if trust_remote_code else "its tensors are stored in another form"
+        reason = f"it is quantized with {method}" if method else reason
         logger.warning("The whole model is held in memory: %s, so blocks cannot be read one by one", reason)
-        if wanted.weights:
+        if method and not wanted.weights:
+            logger.warning("Memory is told for the model as it is when not quantized")
+        if wanted.weights and method:
+            computed = model.dtype
+            model = _load_whole(source, model, wanted, quantized=True)
+            prepare_quantized(model, source.name, computed)
+        elif wanted.weights:
             model = _load_whole(source, model, wanted).to(device)
         return model, BlockStack(model, blocks, ResidentStore())
     store = DiskStore(model, checkpoint, names, device)
@@ -185,11 +194,6 @@ def _skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> Pr
 
     try:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=wanted.trust_remote_code)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"{source.name} is quantized; pass the model it was made from: the adapter fits both, since their"
-                " layers have the same names and shapes"
-            )
         check_architecture(source.name, config, wanted.task)
         model = _from_config(config, wanted)
         if wanted.task == "sequence-classification" and fit_labels(model, wanted.labels, checkpoint.names):
@@ -198,6 +202,8 @@ def _skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> Pr
         hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
         message = describe(error).partition(" Model type should be one of ")[0][:250]  # a list of all there are follows
         raise ModelError(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}: {message}{hint}") from error
+    if method := quantization_method(model):
+        check_dtype(source.name, method, model.dtype)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     for name, kept in declared_dtypes(frozen, frozen.dtype).items():
         set_tensor(frozen, name, get_tensor(frozen, name).to(kept))
@@ -213,7 +219,10 @@ def _from_config(config: Any, wanted: _Wanted) -> PreTrainedModel:
     return model
 
 
-def _load_whole(source: LocalModel, skeleton: PreTrainedModel, wanted: _Wanted) -> PreTrainedModel:
+def _load_whole(
+    source: LocalModel, skeleton: PreTrainedModel, wanted: _Wanted, *, quantized: bool = False
+) -> PreTrainedModel:
+    """quantized: straight to its device, since not all of such weights are moved like others."""
     model: PreTrainedModel
     try:
         model, loading = auto_class(wanted.task).from_pretrained(
@@ -224,6 +233,7 @@ def _load_whole(source: LocalModel, skeleton: PreTrainedModel, wanted: _Wanted) 
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are told below, in one line
             output_loading_info=True,
+            device_map={"": wanted.device} if quantized else None,
         )
     except _UNREADABLE as error:
         raise ModelError(f"{source.name} cannot be loaded: {describe(error)[:250]}") from error

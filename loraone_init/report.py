@@ -19,6 +19,7 @@ from rich.text import Text
 
 from .adapter import Adapter, LossReport
 from .adapter_files import DIRECTORY_FILES, is_single_file
+from .expert_layout import expert_names
 from .labels import describe_labels
 from .memory import describe_size, peak_memory
 from .monitor import Monitor, Stage
@@ -78,6 +79,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "output_bytes": sum(file.stat().st_size for file in files),
         "base": adapter.base.get("name"),
         "layers": len(adapter.layers),
+        "experts": _summarize_experts(adapter),
         "parameters": adapter.num_parameters,
         "rank": adapter.config.rank,
         "alpha": adapter.config.alpha,
@@ -96,6 +98,12 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "trainers": lines_for_trainers(adapter, output),
         "peak_device_memory_bytes": max((peak for peak in device if peak is not None), default=None),
     }
+
+
+def _summarize_experts(adapter: Adapter) -> dict[str, int] | None:
+    """How many of the layers are an expert's matrix, and to how many of these no token came that has a gradient."""
+    inits = [adapter.layers[name].init for name in expert_names(adapter.experts)]
+    return {"matrices": len(inits), "without_gradient": inits.count("standard")} if inits else None
 
 
 def print_summary(summary: Mapping[str, Any], as_json: bool) -> None:
@@ -125,6 +133,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     for label, value in (
         ("base", str(summary["base"])),
         ("layers", f"{summary['layers']} of rank {summary['rank']}, {summary['parameters']:,} parameters"),
+        *([("experts", _describe_experts(summary["experts"]))] if summary["experts"] else []),
         ("data", describe_sample(sample)),
         (
             "captured energy",
@@ -151,6 +160,12 @@ def _print_table(summary: Mapping[str, Any]) -> None:
 def count(number: int, what: str) -> str:
     """1 row, 2 rows."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _describe_experts(experts: Mapping[str, int]) -> str:
+    text = f"{experts['matrices']:,} of the layers are matrices of experts"
+    unmet = experts["without_gradient"]
+    return f"{text}, {unmet:,} of them met no token and start as in plain LoRA" if unmet else text
 
 
 def _describe_peak(summary: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .checkpoints import last_whole, step_of
 from .data import Sample
 from .errors import ConfigError, ModelError, describe
+from .expert_layout import split_experts
 from .factors import LoraPair
 from .optim import PreconditionedAdamW
 from .sources import LocalModel
@@ -227,10 +228,11 @@ def _factors(model: nn.Module, adapter: Adapter) -> dict[str, LoraPair]:
     """The trained factors, by the adapter's own module names."""
     weights = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
     prefix = "base_model.model."
-    return {
-        name: LoraPair(*(weights[f"{prefix}{name}.lora_{side}.default.weight"] for side in "AB"))
-        for name in adapter.pairs
+    tensors = {
+        path: LoraPair(*(weights[f"{prefix}{path}.lora_{side}.default.weight"] for side in "AB"))
+        for path in adapter.tensors()
     }
+    return split_experts(tensors, adapter.experts)
 
 
 def _record(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, Any]:

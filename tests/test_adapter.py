@@ -147,6 +147,7 @@ def test_metadata_names_every_field_of_the_format(case):
         "loss",
         "preconditioner",
         "layers",
+        "experts",
         "training",
     }
     layer = next(iter(record["layers"].values()))

@@ -80,7 +80,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "unknown activation": (with_config(hidden_act="zzz"), r"cannot be opened as .* KeyError 'zzz'"),
     "quantized": (
         with_config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        r"is quantized; pass the model it was made from",
+        r"cannot be loaded: Loading a GPTQ quantized model requires",
     ),
     "no causal model": (
         lambda directory: T5Config().save_pretrained(directory),
