@@ -257,3 +257,30 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return resolve_model("demo").directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of random factors for SmolLM2, small enough that it still writes English."""
+    from exports import save_peft
+
+    directory = tmp_path_factory.mktemp("smollm2-adapter")
+    save_peft(directory, AutoModelForCausalLM.from_pretrained(smollm2), lora_alpha=1)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_genai(smollm2: Path, smollm2_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 merged with `smollm2_adapter`, as `--engine genai` writes it."""
+    for module in ("onnxruntime_genai", "onnx_ir"):
+        pytest.importorskip(module, reason='not installed: pip install "loraone-init[genai]"')
+    from loraone_init.exporters.base_model import open_base
+    from loraone_init.exporters.lora_weights import read_lora
+    from loraone_init.exporters.merged import write_merged
+    from loraone_init.exporters.onnx_genai import build_genai
+
+    directory = tmp_path_factory.mktemp("smollm2-genai")
+    lora = read_lora(smollm2_adapter)
+    write_merged(open_base(str(smollm2), lora), lora, directory)
+    build_genai(directory, directory, "fp32")
+    return directory
