@@ -29,7 +29,7 @@ _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 @dataclass(frozen=True)
 class _Decoder:
-    """What the graph has: names of inputs, its layers, and the shape of their caches (batch, heads, past, head_size)."""
+    """What the graph has: names of inputs, its layers, and the sizes of their caches."""
 
     inputs: frozenset[str]
     num_layers: int
