@@ -45,11 +45,16 @@ def main() -> None:
 
 
 def target(
-    name: str, *, output_help: str = "Directory to write.", check: Callable[[Path, bool], None] | None = None
+    name: str,
+    *,
+    output_help: str = "Directory to write.",
+    check: Callable[[Path, bool], None] | None = None,
+    task_type: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
     """A subcommand: the options that all share, the adapter and its base opened and checked, the result printed.
 
     check: raises OutputError where the output cannot be written; by default for a directory.
+    task_type: from the options, PEFT's name of the task to open the model for; by default the adapter's.
     """
 
     def decorate(run: Callable[..., dict[str, Any]]) -> click.Command:
@@ -82,6 +87,7 @@ def target(
                     token=token,
                     trust_remote_code=trust_remote_code,
                     any_base=any_base,
+                    task_type=task_type(options) if task_type else None,
                 )
                 facts = run(Export(base, lora, output, overwrite), **options)
                 _print(output, facts, as_json, quiet)
@@ -140,6 +146,42 @@ def merged(export: Export, dtype: Any) -> dict[str, Any]:
     from .merged import export_merged
 
     return export_merged(export.base, export.lora, export.output, dtype)
+
+
+def _task_type(options: dict[str, Any]) -> str | None:
+    from .onnx_tasks import TASKS
+
+    return None if options["task"] == "auto" else TASKS[options["task"]].task_type
+
+
+@target("onnx", task_type=_task_type)
+@click.option("--engine", default="torch", type=click.Choice(["torch", "genai"]), help="What writes the graph.")
+@click.option(
+    "--task",
+    default="auto",
+    type=click.Choice(["auto", "text-generation", "feature-extraction", "text-classification", "seq2seq"]),
+    help="What the graph gives; auto is the adapter's task.",
+)
+@click.option(
+    "--dtype",
+    default="fp32",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+    help="Of the weights; int8 and int4 by ONNX Runtime's quantizers.",
+)
+@click.option("--opset", default=20, type=int, help="Version of ONNX's operators, for --engine torch.")
+@click.option(
+    "--atol",
+    type=click.FloatRange(min=0),
+    help="Largest difference from PyTorch's outputs.  [default: 0.005 for fp32, 0.5 for fp16, else none]",
+)
+def onnx(export: Export, engine: Any, task: str, dtype: Any, opset: int, atol: float | None) -> dict[str, Any]:
+    """The merged model as a folder for ONNX Runtime, compared with PyTorch before it is kept.
+
+    Graph and weights are onnx/model.onnx and onnx/model.onnx_data; parity.json tells the differences.
+    """
+    from .onnx import OnnxOptions, export_onnx
+
+    return export_onnx(export.base, export.lora, export.output, OnnxOptions(engine, dtype, opset, atol))
 
 
 if __name__ == "__main__":
