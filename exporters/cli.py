@@ -184,5 +184,54 @@ def onnx(export: Export, engine: Any, task: str, dtype: Any, opset: int, atol: f
     return export_onnx(export.base, export.lora, export.output, OnnxOptions(engine, dtype, opset, atol))
 
 
+def _check_folder_or_adapter(output: Path, overwrite: bool) -> None:
+    """What ends in .onnx_adapter is a file."""
+    if output.suffix == ".onnx_adapter":
+        _check_file(output, overwrite)
+    else:
+        _check_directory(output, overwrite)
+
+
+def _check_file(output: Path, overwrite: bool) -> None:
+    from loraone_init.errors import OutputError
+
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory; name a file")
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists already; choose another output, or pass --overwrite")
+    if not output.parent.is_dir():
+        raise OutputError(f"there is no directory {output.parent}; make it, or choose another output")
+
+
+@target(
+    "onnx-adapter",
+    output_help="Directory to write, or with --base-graph FILE.onnx_adapter.",
+    check=_check_folder_or_adapter,
+)
+@click.option(
+    "--base-graph",
+    type=click.Path(path_type=Path),
+    help="A directory that this command wrote: write the file of one more adapter for the base graph in it.",
+)
+@click.option("--opset", default=20, type=int, help="Version of ONNX's operators.")
+@click.option(
+    "--atol",
+    type=click.FloatRange(min=0),
+    help="Largest difference from PyTorch's outputs.  [default: 0.005]",
+)
+def onnx_adapter(export: Export, base_graph: Path | None, opset: int, atol: float | None) -> dict[str, Any]:
+    """A base graph for ONNX Runtime that takes adapters when it runs, and an .onnx_adapter file."""
+    from loraone_init.errors import ConfigError
+
+    from .onnx import OnnxOptions
+    from .onnx_adapter import SUFFIX, export_adapter_file, export_adapter_folder
+
+    if (base_graph is not None) != (export.output.suffix == SUFFIX):
+        raise ConfigError(f"{export.output}: with --base-graph a file {SUFFIX} is written, without it a directory")
+    if base_graph is not None:
+        return export_adapter_file(export.base, export.lora, export.output, base_graph)
+    return export_adapter_folder(export.base, export.lora, export.output, OnnxOptions(opset=opset, atol=atol))
+
+
 if __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,8 @@ from loraone_init.errors import ConfigError, ExportError
 
 from .base_model import AUTO_CLASSES, BaseModel
 from .lora_weights import LoraWeights
-from .merged import write_merged
+from .merged import KEPT, write_merged
+from .onnx_causal import compare_causal
 from .onnx_parity import ATOL, check
 from .onnx_stitch import save_graph
 from .onnx_tasks import TASKS, OnnxTask
@@ -70,7 +72,7 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
     with atomic_directory(output) as directory:
         with tempfile.TemporaryDirectory(prefix=".merged.", dir=directory) as merged:
             write_merged(base, lora, Path(merged), "fp32")
-            _copy_configurations(Path(merged), directory)
+            copy_configurations(Path(merged), directory)
             parity = _write_graphs(Path(merged), directory, base, options)
         (directory / PARITY).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
         num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
@@ -81,14 +83,19 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
 def _write_graphs(merged: Path, directory: Path, base: BaseModel, options: OnnxOptions) -> dict[str, Any]:
     """The graphs, checked; what parity.json says. PyTorch's weights are gone before ONNX Runtime reads its own."""
     task = _task(base)
-    model = open_merged(merged, base)
+    if options.engine == "genai" and task.task_type != "CAUSAL_LM":
+        raise ConfigError("onnxruntime-genai's model builder is for text generation; take --engine torch")
+    model = open_model(merged, base)
     logger.info("Computing PyTorch's outputs, to compare with")
     reference = task.reference(model, sample_prompt(merged, model))
-    for path, traceable in task.graphs.items():
-        save_graph(trace(traceable(model), options.opset), directory / path)
+    if options.engine == "torch":
+        for path, traceable in task.graphs.items():
+            save_graph(trace(traceable(model), options.opset), directory / path)
     del model
+    _build(merged, directory, task, options)
     logger.info("Comparing with ONNX Runtime's outputs")
-    comparison = task.compare(directory, reference)
+    compare = task.compare if options.engine == "torch" else partial(compare_causal, side="right")
+    comparison = compare(directory, reference)
     atol = ATOL.get(options.dtype) if options.atol is None else options.atol
     check(comparison, reference, atol, same_tokens=options.atol is None and options.dtype in ATOL)
     generated = {"prompt": reference.prompt, "pytorch": reference.tokens, "onnxruntime": comparison.tokens}
@@ -102,6 +109,22 @@ def _write_graphs(merged: Path, directory: Path, base: BaseModel, options: OnnxO
     }
 
 
+def _build(merged: Path, directory: Path, task: OnnxTask, options: OnnxOptions) -> None:
+    """Have onnxruntime-genai's builder write the graph, or quantize those that are there and say how they are run."""
+    from .genai_config import write_genai_config
+    from .onnx_genai import build_genai
+    from .onnx_quantize import quantize
+
+    if options.engine == "genai":
+        build_genai(merged, directory, options.dtype)
+        return
+    if options.dtype != "fp32":
+        for path in task.graphs:
+            quantize(directory / path, options.dtype)
+    if task.task_type == "CAUSAL_LM":
+        write_genai_config(merged, directory)
+
+
 def _task(base: BaseModel) -> OnnxTask:
     """By the class that opens the model. Raises ExportError where it has no graph here."""
     for task in TASKS.values():
@@ -110,12 +133,12 @@ def _task(base: BaseModel) -> OnnxTask:
     raise ExportError(f"models of {base.auto_class} are not exported to ONNX; the tasks are {', '.join(TASKS)}")
 
 
-def open_merged(merged: Path, base: BaseModel) -> PreTrainedModel:
+def open_model(directory: Path, base: BaseModel) -> PreTrainedModel:
     """In fp32, with attention written out, which every architecture has, with all its peculiarities."""
     import transformers
 
     model: PreTrainedModel = getattr(transformers, base.auto_class).from_pretrained(
-        merged, dtype=torch.float32, attn_implementation="eager", trust_remote_code=base.trust_remote_code
+        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=base.trust_remote_code
     )
     return model.eval().requires_grad_(False)
 
@@ -130,8 +153,8 @@ def sample_prompt(directory: Path, model: PreTrainedModel) -> list[int]:
     return tokens
 
 
-def _copy_configurations(merged: Path, directory: Path) -> None:
-    """Everything of the merged model but its weights."""
-    for file in merged.iterdir():
-        if file.suffix != ".safetensors" and file.name != INDEX:
+def copy_configurations(source: Path, directory: Path) -> None:
+    """Everything of a model but its weights."""
+    for file in sorted({file for pattern in KEPT for file in source.glob(pattern)}):
+        if file.name != INDEX:
             shutil.copyfile(file, directory / file.name)

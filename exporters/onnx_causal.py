@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .onnx_trace import Traceable
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
+
+Side = Literal["left", "right"]
 
 
 class CausalLM(nn.Module):
@@ -99,18 +101,19 @@ def causal_reference(model: PreTrainedModel, prompt: Sequence[int], num_tokens: 
     return Reference(rows, outputs, prompt=list(prompt), tokens=tokens[len(prompt) :])
 
 
-def compare_causal(directory: Path, reference: Reference) -> Comparison:
-    """Logits in prefill, in cached decoding, and in a batch that is padded on the left; and greedy tokens.
+def compare_causal(
+    directory: Path, reference: Reference, *, side: Side = "left", adapter: Path | None = None
+) -> Comparison:
+    """Logits in prefill, in cached decoding, and in a batch that is padded on one side; and greedy tokens.
 
-    A graph without position_ids takes them from the number of ones in the mask: it is for padding on the right only.
+    adapter: an .onnx_adapter file for a graph that takes one.
     """
-    session = Session(directory / GRAPH)
+    session = Session(directory / GRAPH, adapter)
     compared = {
         "prefill": difference([_prefill(session, row) for row in reference.rows], reference.outputs),
         "cached decoding": difference([_decode(session, row) for row in reference.rows], reference.outputs),
+        f"{side}-padded batch": difference(_padded(session, reference.rows, side), reference.outputs),
     }
-    if "position_ids" in session.inputs:
-        compared["left-padded batch"] = difference(_padded(session, reference.rows), reference.outputs)
     return Comparison(compared, greedy(session, reference.prompt, len(reference.tokens)))
 
 
@@ -133,14 +136,18 @@ def _decode(session: Session, row: Array) -> Array:
     return np.concatenate(logits)
 
 
-def _padded(session: Session, rows: Sequence[Array]) -> list[Array]:
-    """Prefill of all rows in one batch but for the last token, which is decoded with the cache."""
+def _padded(session: Session, rows: Sequence[Array], side: Side) -> list[Array]:
+    """All rows in one batch; where it is padded on the left, the last tokens are decoded with the cache."""
     length = max(map(len, rows))
     tokens, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
-    for number, row in enumerate(rows):
-        tokens[number, length - len(row) :] = row
-        mask[number, length - len(row) :] = 1
-    first = session.run(causal_inputs(tokens[:, :-1], mask[:, :-1]) | session.empty_cache(len(rows)))
-    last = session.run(causal_inputs(tokens[:, -1:], mask) | next_cache(first))
-    logits = np.concatenate([first["logits"], last["logits"]], axis=1)
-    return [logits[number, length - len(row) :] for number, row in enumerate(rows)]
+    places = [slice(length - len(row), length) if side == "left" else slice(len(row)) for row in rows]
+    for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+        tokens[number, place], mask[number, place] = row, 1
+    cuts = [0, length - 1, length] if side == "left" else [0, length]
+    cache, logits = session.empty_cache(len(rows)), []
+    for begin, end in pairwise(cuts):
+        outputs = session.run(causal_inputs(tokens[:, begin:end], mask[:, :end]) | cache)
+        cache = next_cache(outputs)
+        logits.append(outputs["logits"])
+    together = np.concatenate(logits, axis=1)
+    return [together[number, place] for number, place in enumerate(places)]

@@ -18,21 +18,29 @@ _DTYPES = {
 
 
 class Session:
-    """An ONNX Runtime session on the CPU. Inputs are cast to the types that the graph has."""
+    """An ONNX Runtime session on the CPU. Inputs are cast to the types that the graph has.
 
-    def __init__(self, path: Path) -> None:
+    adapter: an .onnx_adapter file that is active in every run.
+    """
+
+    def __init__(self, path: Path, adapter: Path | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._run_options = onnxruntime.RunOptions()
+        if adapter is not None:
+            self._adapter = onnxruntime.LoraAdapter()  # kept alive: the runs refer to it
+            self._adapter.Load(str(adapter))
+            self._run_options.add_active_adapter(self._adapter)
         self.inputs = {value.name: value for value in self._session.get_inputs()}
         self.outputs = [value.name for value in self._session.get_outputs()]
 
-    def run(self, values: Mapping[str, Array], run_options: Any = None) -> dict[str, Array]:
+    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name, in fp32 where they are floating. Values that the graph does not take are left out."""
         feed = {name: v.astype(_DTYPES[self.inputs[name].type]) for name, v in values.items() if name in self.inputs}
-        found = zip(self.outputs, self._session.run(None, feed, run_options), strict=True)
+        found = zip(self.outputs, self._session.run(None, feed, self._run_options), strict=True)
         return {name: v.astype(np.float32) if v.dtype == np.float16 else v for name, v in found}
 
     def empty_cache(self, batch: int) -> dict[str, Array]:
@@ -59,13 +67,13 @@ def next_cache(outputs: Mapping[str, Array]) -> dict[str, Array]:
     }
 
 
-def greedy(session: Session, prompt: Sequence[int], num_tokens: int, run_options: Any = None) -> list[int]:
+def greedy(session: Session, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """The tokens of highest logits, one after the other, with the cache."""
     tokens = np.array([prompt])
     cache, length, found = session.empty_cache(1), 0, []
     for _ in range(num_tokens):
         length += tokens.shape[1]
-        outputs = session.run(causal_inputs(tokens, np.ones((1, length), np.int64)) | cache, run_options)
+        outputs = session.run(causal_inputs(tokens, np.ones((1, length), np.int64)) | cache)
         cache = next_cache(outputs)
         tokens = outputs["logits"][:, -1:].argmax(-1)
         found.append(int(tokens[0, 0]))

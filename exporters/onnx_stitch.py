@@ -51,12 +51,9 @@ def stitch(
     model: takes `inputs` and then every block's outputs, gives `outputs` and then every block's inputs.
     """
     import onnx_ir.passes.common as passes
-    from onnxscript.optimizer import optimize_ir
 
     graph = model.graph
-    for value in list(graph.initializers.values()):
-        _rename(graph, value, (value.name or "").removeprefix(_AROUND))
-    optimize_ir(model)
+    _optimize_around(model)
     stand_ins, taken = iter(_cut(graph.inputs, len(inputs))), iter(_cut(graph.outputs, len(outputs)))
     functions: dict[int, _Function] = {}
     given: dict[ir.Value, ir.Value] = {}
@@ -106,10 +103,23 @@ def _cut(values: MutableSequence[ir.Value], length: int) -> list[ir.Value]:
     return [values.pop() for _ in range(len(values) - length)][::-1]
 
 
-def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
-    del graph.initializers[value.name or ""]
-    value.name = name
-    graph.register_initializer(value)
+def _optimize_around(model: ir.Model) -> None:
+    """Fold constants, but no weights: inputs in the meantime."""
+    from onnxscript.optimizer import optimize_ir
+
+    graph, num_inputs = model.graph, len(model.graph.inputs)
+    tensors = {}
+    for name, value in list(graph.initializers.items()):
+        if name.startswith(_AROUND):
+            tensors[name] = value.const_value
+            del graph.initializers[name]
+            value.const_value = None
+            graph.inputs.append(value)
+    optimize_ir(model)
+    for value in _cut(graph.inputs, num_inputs):
+        value.const_value = tensors[value.name or ""]
+        value.name = (value.name or "").removeprefix(_AROUND)
+        graph.register_initializer(value)
 
 
 def _as_function(traced: TracedBlock, number: int, outer: ir.Graph) -> _Function:
@@ -176,15 +186,13 @@ def _transpose_weights(graph: ir.Graph) -> None:
     Quantizers look for products with constants, too. A weight with another use, as a tied embedding has, is left.
     """
     import onnx_ir as ir
-    from onnx_ir.tensor_adapters import TorchTensor
 
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is None or weight.const_value is None or not weight.is_initializer():
             continue
         if len(weight.uses()) == 1 and weight.shape is not None and weight.shape.rank() == 2:
-            assert isinstance(weight.const_value, TorchTensor)
-            tensor = TorchTensor(weight.const_value.raw.t(), name=weight.name)
+            tensor = ir.Tensor(weight.const_value.numpy().T, name=weight.name)  # a view, copied when it is written
             name = weight.name or ""
             del graph.initializers[name]
             stored = ir.Value(name=name, shape=tensor.shape, type=weight.type, const_value=tensor)
