@@ -34,6 +34,7 @@ class Reference:
     outputs: for each row, of the compared output: (length, …), or (…) where there is one for the whole row.
     padding: the token that fills up shorter rows.
     prompt, tokens: a prompt and what follows it greedily; empty for models that do not generate.
+    start:   the token that a decoder with an encoder begins with.
     """
 
     rows: list[Array]
@@ -41,6 +42,7 @@ class Reference:
     padding: int = 0
     prompt: Sequence[int] = ()
     tokens: Sequence[int] = ()
+    start: int = 0
 
 
 @dataclass(frozen=True)

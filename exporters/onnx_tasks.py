@@ -11,6 +11,7 @@ from .onnx_causal import causal_lm, causal_reference, compare_causal
 from .onnx_encoder import classifier, compare_encoder, encoder, encoder_reference
 from .onnx_layout import GRAPH
 from .onnx_parity import Comparison, Reference
+from .onnx_seq2seq import DECODER, ENCODER, compare_seq2seq, seq2seq_decoder, seq2seq_encoder, seq2seq_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,4 +46,7 @@ TASKS = {
         "FEATURE_EXTRACTION", {GRAPH: encoder}, _encoder_reference("last_hidden_state"), compare_encoder
     ),
     "text-classification": OnnxTask("SEQ_CLS", {GRAPH: classifier}, _encoder_reference("logits"), compare_encoder),
+    "seq2seq": OnnxTask(
+        "SEQ_2_SEQ_LM", {ENCODER: seq2seq_encoder, DECODER: seq2seq_decoder}, seq2seq_reference, compare_seq2seq
+    ),
 }

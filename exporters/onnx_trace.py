@@ -75,7 +75,8 @@ def trace(traceable: Traceable, opset: int) -> ir.Model:
             [p[number].inputs for p in probes],
         )
         traces[number] = torch_export(block, inputs[0], dynamic_axes(*inputs), opset)
-    logger.info("Traced %d of %d blocks; the others differ in nothing but weights", len(traces), len(blocks))
+    if blocks:
+        logger.info("Traced %d of %d blocks; the others differ in nothing but weights", len(traces), len(blocks))
     traced = [
         TracedBlock(name.removeprefix("model."), module.get_submodule(name), traces[number])
         for name, number in zip(names, blocks, strict=True)
