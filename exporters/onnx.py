@@ -23,10 +23,13 @@ from loraone_init.checkpoint import INDEX
 from loraone_init.errors import ConfigError, ExportError
 
 from .base_model import AUTO_CLASSES, BaseModel
+from .genai_config import write_genai_config
 from .lora_weights import LoraWeights
 from .merged import KEPT, write_merged
 from .onnx_causal import compare_causal
+from .onnx_genai import build_genai, check_builder
 from .onnx_parity import ATOL, check
+from .onnx_quantize import quantize
 from .onnx_stitch import save_graph
 from .onnx_tasks import TASKS, OnnxTask
 from .onnx_trace import trace
@@ -60,7 +63,9 @@ class OnnxOptions:
             raise ConfigError("ONNX Runtime's CPU provider has no kernels for bf16; take fp32, fp16, int8 or int4")
         if not 18 <= self.opset <= 23:
             raise ConfigError(f"opset {self.opset} is not one that torch exports to; take 18 to 23")
-        if self.engine == "torch" and importlib.util.find_spec("onnxscript") is None:
+        if self.engine == "genai":
+            check_builder()
+        elif importlib.util.find_spec("onnxscript") is None:
             raise ExportError('this needs onnxscript, which is not installed: pip install "loraone-init[onnx]"')
 
 
@@ -111,10 +116,6 @@ def _write_graphs(merged: Path, directory: Path, base: BaseModel, options: OnnxO
 
 def _build(merged: Path, directory: Path, task: OnnxTask, options: OnnxOptions) -> None:
     """Have onnxruntime-genai's builder write the graph, or quantize those that are there and say how they are run."""
-    from .genai_config import write_genai_config
-    from .onnx_genai import build_genai
-    from .onnx_quantize import quantize
-
     if options.engine == "genai":
         build_genai(merged, directory, options.dtype)
         return

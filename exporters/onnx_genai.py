@@ -46,12 +46,7 @@ def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
     dtype: of the weights. Inputs and outputs are fp32, with fp16 weights fp16.
     Raises ExportError where the builder is not installed, does not know the architecture, or fails.
     """
-    for module, package in _MODULES.items():
-        if importlib.util.find_spec(module) is None:
-            raise ExportError(
-                f'--engine genai needs {package}, which is not installed: pip install "loraone-init[genai]", or take'
-                " --engine torch"
-            )
+    check_builder()
     with tempfile.TemporaryDirectory(prefix=".builder.", dir=out.absolute()) as directory:
         _run_builder(merged, Path(directory), dtype)
         move_graph(Path(directory, "model.onnx"), out / GRAPH)
@@ -61,6 +56,16 @@ def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
     decoder["filename"] = GRAPH.as_posix()
     decoder["session_options"]["provider_options"] = []  # which device to run on is for who runs it
     (out / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def check_builder() -> None:
+    """Raise ExportError where the builder is not installed."""
+    for module, package in _MODULES.items():
+        if importlib.util.find_spec(module) is None:
+            raise ExportError(
+                f'--engine genai needs {package}, which is not installed: pip install "loraone-init[genai]", or take'
+                " --engine torch"
+            )
 
 
 def _state_head_size(graph: Path, head_size: int) -> None:
