@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loraone_init.errors import ExportError
+
 from .onnx_calls import filled_cache, layer_states
 from .onnx_layout import GRAPH
 from .onnx_parity import NUM_TOKENS, Comparison, Reference, difference, sample_rows
@@ -82,11 +84,24 @@ def causal_lm(model: PreTrainedModel) -> Traceable:
 
 @torch.no_grad()
 def cache_shapes(model: PreTrainedModel) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Heads and dimension of each layer's keys and of its values."""
+    """Heads and dimension of each layer's keys and of its values. Raises ExportError where a layer keeps others."""
     cache = filled_cache({})
-    model(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
-    states = [layer_states(cache, slot) for slot in range(len(cache.layers))]
-    return [((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])) for key, value in states]
+    try:
+        model(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        states = [layer_states(cache, slot) for slot in range(len(cache.layers))]
+        shapes = [((key.shape[1], key.shape[3]), (value.shape[1], value.shape[3])) for key, value in states]
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise _other_states(model) from error
+    if not shapes:
+        raise _other_states(model)
+    return shapes
+
+
+def _other_states(model: PreTrainedModel) -> ExportError:
+    return ExportError(
+        f"{type(model).__name__} keeps other states than keys and values, which the torch engine does not export; try"
+        " --engine genai, which knows some architectures by name"
+    )
 
 
 @torch.no_grad()

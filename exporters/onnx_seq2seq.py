@@ -101,7 +101,8 @@ def seq2seq_decoder(model: PreTrainedModel) -> Traceable:
     def example(sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
         states = (
-            torch.randn([sizes.get(str(axis), axis) for axis in shape], generator=generator) for shape in past.values()
+            torch.randn([sizes[axis] if isinstance(axis, str) else axis for axis in shape], generator=generator)
+            for shape in past.values()
         )
         mask = _mask(sizes["batch_size"], sizes["encoder_sequence_length"])
         return _random_tokens(model, (sizes["batch_size"], sizes["sequence_length"])), mask, *states
