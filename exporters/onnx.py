@@ -92,7 +92,7 @@ def _write_graphs(merged: Path, directory: Path, base: BaseModel, options: OnnxO
         raise ConfigError("onnxruntime-genai's model builder is for text generation; take --engine torch")
     model = open_model(merged, base)
     logger.info("Computing PyTorch's outputs, to compare with")
-    reference = task.reference(model, sample_prompt(merged, model))
+    reference = task.reference(model, sample_prompt(merged, model, base.trust_remote_code))
     if options.engine == "torch":
         for path, traceable in task.graphs.items():
             save_graph(trace(traceable(model), options.opset), directory / path)
@@ -144,13 +144,14 @@ def open_model(directory: Path, base: BaseModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def sample_prompt(directory: Path, model: PreTrainedModel) -> list[int]:
+def sample_prompt(directory: Path, model: PreTrainedModel, trust_remote_code: bool) -> list[int]:
     """Tokens of a sentence; the first of the vocabulary where there is no tokenizer."""
     from transformers import AutoTokenizer
 
     if not (directory / "tokenizer_config.json").is_file():
         return list(range(min(8, model.config.get_text_config().vocab_size)))
-    tokens: list[int] = AutoTokenizer.from_pretrained(directory)("The quick brown fox jumps over")["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    tokens: list[int] = tokenizer("The quick brown fox jumps over")["input_ids"]
     return tokens
 
 

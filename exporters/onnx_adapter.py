@@ -24,6 +24,7 @@ from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ConfigError, ExportError
 
 from .base_model import BaseModel
+from .genai_config import write_genai_config
 from .lora_weights import LoraWeights
 from .onnx import PARITY, OnnxOptions, copy_configurations, open_model, sample_prompt
 from .onnx_causal import causal_lm, causal_reference, compare_causal
@@ -53,7 +54,7 @@ def export_adapter_folder(base: BaseModel, lora: LoraWeights, output: Path, opti
     with atomic_directory(output) as directory:
         copy_configurations(base.source.directory, directory)
         model = open_model(base.source.directory, base)
-        prompt = sample_prompt(directory, model)
+        prompt = sample_prompt(directory, model, base.trust_remote_code)
         references = {"base": causal_reference(model, prompt)}
         with _adapted(model, _factors(lora)):
             references["adapter"] = causal_reference(model, prompt)
@@ -61,6 +62,7 @@ def export_adapter_folder(base: BaseModel, lora: LoraWeights, output: Path, opti
         _open_factors(graph.graph)
         save_graph(graph, directory / GRAPH)
         del model, graph
+        write_genai_config(base.source.directory, directory)
         _write_adapter(lora, directory / name)
         atol = ATOL["fp32"] if options.atol is None else options.atol
         parity = {}
