@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from onnx_runs import empty_caches
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+README = Path(__file__).parent.parent / "README.md"
 ROUNDING = 2e-5  # of logits of size 3 after sums in fp32 in another order
 PROMPT = [5, 17, 40, 3, 66, 21, 9]
 
@@ -130,3 +135,18 @@ def test_nothing_is_overwritten_unasked(folder: tuple[Path, Result, Result]) -> 
     assert result.exit_code == 1
     assert "--overwrite" in error_line(result.stderr)
     assert file.read_bytes() == before
+
+
+def test_readme_example_runs(folder: tuple[Path, Result, Result], tmp_path: Path) -> None:
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "LoraAdapter" in block
+    ]
+    shutil.copytree(folder[0] / "out", tmp_path / "onnx-base")
+    (tmp_path / "onnx-base" / "first.onnx_adapter").rename(tmp_path / "onnx-base" / "lora-dir.onnx_adapter")
+    shutil.copy(folder[0] / "second.onnx_adapter", tmp_path / "other.onnx_adapter")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "onnx-base/lora-dir.onnx_adapter",
+        "other.onnx_adapter",
+    ]
