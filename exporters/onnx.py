@@ -63,9 +63,7 @@ class OnnxOptions:
             raise ConfigError("ONNX Runtime's CPU provider has no kernels for bf16; take fp32, fp16, int8 or int4")
         if not 18 <= self.opset <= 23:
             raise ConfigError(f"opset {self.opset} is not one that torch exports to; take 18 to 23")
-        if self.engine == "genai":
-            check_builder()
-        elif importlib.util.find_spec("onnxscript") is None:
+        if self.engine == "torch" and importlib.util.find_spec("onnxscript") is None:
             raise ExportError('this needs onnxscript, which is not installed: pip install "loraone-init[onnx]"')
 
 
@@ -74,6 +72,8 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
 
     Raises ExportError where the engine cannot export the model, or where ONNX Runtime's outputs are not near PyTorch's.
     """
+    if options.engine == "genai":
+        check_builder((base.config.architectures or [type(base.module).__name__])[0])
     with atomic_directory(output) as directory:
         with tempfile.TemporaryDirectory(prefix=".merged.", dir=directory) as merged:
             write_merged(base, lora, Path(merged), "fp32")

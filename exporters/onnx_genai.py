@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
     dtype: of the weights. Inputs and outputs are fp32, with fp16 weights fp16.
     Raises ExportError where the builder is not installed, does not know the architecture, or fails.
     """
-    check_builder()
+    check_builder(_architecture(merged))
     with tempfile.TemporaryDirectory(prefix=".builder.", dir=out.absolute()) as directory:
         _run_builder(merged, Path(directory), dtype)
         move_graph(Path(directory, "model.onnx"), out / GRAPH)
@@ -58,14 +59,20 @@ def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
     (out / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def check_builder() -> None:
-    """Raise ExportError where the builder is not installed."""
+def check_builder(architecture: str) -> None:
+    """Raise ExportError where the builder is not installed, or does not know the architecture.
+
+    It tells architectures apart by a chain of comparisons with their names, and has no list of them.
+    """
     for module, package in _MODULES.items():
         if importlib.util.find_spec(module) is None:
             raise ExportError(
                 f'--engine genai needs {package}, which is not installed: pip install "loraone-init[genai]", or take'
                 " --engine torch"
             )
+    builder = Path(str(files("onnxruntime_genai")), "models", "builder.py").read_text(encoding="utf-8")
+    if f'"{architecture}"' not in builder:
+        raise ExportError(f"onnxruntime-genai's model builder does not know {architecture}; take --engine torch")
 
 
 def _state_head_size(graph: Path, head_size: int) -> None:
@@ -100,13 +107,15 @@ def _run_builder(merged: Path, directory: Path, dtype: GenaiDType) -> None:
     for line in filter(None, lines):
         logger.debug("%s", line)
     if done.returncode != 0:
-        raise _failure(merged, done.returncode, [line for line in lines if line])
+        raise _failure(done.returncode, [line for line in lines if line])
 
 
-def _failure(merged: Path, code: int, lines: list[str]) -> ExportError:
+def _failure(code: int, lines: list[str]) -> ExportError:
     last = lines[-1] if lines else ""
-    if last.startswith("NotImplementedError"):
-        names = json.loads((merged / "config.json").read_text(encoding="utf-8"))["architectures"]
-        return ExportError(f"onnxruntime-genai's model builder does not know {names[0]}; take --engine torch")
     why = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"failed: {last[:250]}"
     return ExportError(f"onnxruntime-genai's model builder {why}; take --engine torch, --verbose shows what it printed")
+
+
+def _architecture(merged: Path) -> str:
+    names = json.loads((merged / "config.json").read_text(encoding="utf-8")).get("architectures") or ["no architecture"]
+    return str(names[0])

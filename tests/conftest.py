@@ -274,13 +274,9 @@ def smollm2_genai(smollm2: Path, smollm2_adapter: Path, tmp_path_factory: pytest
     """SmolLM2 merged with `smollm2_adapter`, as `--engine genai` writes it."""
     for module in ("onnxruntime_genai", "onnx_ir"):
         pytest.importorskip(module, reason='not installed: pip install "loraone-init[genai]"')
-    from loraone_init.exporters.base_model import open_base
-    from loraone_init.exporters.lora_weights import read_lora
-    from loraone_init.exporters.merged import write_merged
-    from loraone_init.exporters.onnx_genai import build_genai
+    from exports import export
 
-    directory = tmp_path_factory.mktemp("smollm2-genai")
-    lora = read_lora(smollm2_adapter)
-    write_merged(open_base(str(smollm2), lora), lora, directory)
-    build_genai(directory, directory, "fp32")
+    directory = tmp_path_factory.mktemp("smollm2-genai") / "folder"
+    result = export("onnx", smollm2, smollm2_adapter, "-o", directory, "--engine", "genai")
+    assert result.exit_code == 0, result.output
     return directory

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import content, make_word_tokenizer
-from exports import save_base
+from conftest import content, error_line, make_word_tokenizer
+from exports import export, save_base, save_peft
 from onnx_runs import PROMPT, empty_caches, onnx_tokens, open_graph, pytorch_tokens, run
+from transformers import AutoTokenizer
 
 from loraone_init.errors import ExportError
 from loraone_init.exporters.genai_config import write_genai_config
@@ -102,18 +103,59 @@ def test_genai_config_takes_ids_and_sampling_from_the_model(smollm2_genai: Path,
     assert (config["search"]["do_sample"], config["search"]["temperature"]) == (True, 0.6)
 
 
-@pytest.mark.usefixtures("smollm2_genai")  # skips where the package is missing
+def test_parity_is_recorded(smollm2_genai: Path) -> None:
+    parity = json.loads((smollm2_genai / "parity.json").read_text())
+    assert parity["engine"] == "genai"
+    assert all(0 < found["max_abs"] < ROUNDING for found in parity["differences"].values())
+    assert parity["greedy_tokens"]["pytorch"] == parity["greedy_tokens"]["onnxruntime"]
+
+
+def test_the_folders_tokenizer_is_that_of_the_model(smollm2: Path, smollm2_genai: Path) -> None:
+    import onnxruntime_genai
+
+    text = "<|im_start|>user\nWhat is 12 × 3?<|im_end|>\n"
+    found = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(smollm2_genai))).encode(text)
+    assert list(found) == AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]
+
+
+def test_a_graph_of_torch_runs_in_onnxruntime_genai(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    base, adapter, folder = tmp_path / "base", tmp_path / "adapter", tmp_path / "folder"
+    save_peft(adapter, save_base(base))
+    result = export("onnx", base, adapter, "-o", folder, "--dtype", "int8")
+    assert result.exit_code == 0, result.output
+    prompt = list(range(5, 14))
+    assert genai_tokens(folder, prompt, TOKENS) == onnx_tokens(folder, prompt, TOKENS)
+
+
 def test_an_unknown_architecture_names_the_other_engine(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_peft(adapter, save_base(base, "gpt2"))
+    before = content(tmp_path)
+    result = export("onnx", base, adapter, "-o", tmp_path / "folder", "--engine", "genai")
+    assert result.exit_code == 1
+    assert "does not know GPT2LMHeadModel; take --engine torch" in error_line(result.stderr)
+    assert content(tmp_path) == before
+
+
+def test_what_the_builder_says_is_passed_on(tmp_path: Path) -> None:
+    """It cannot find the weights."""
+    pytest.importorskip("onnxruntime_genai")
     base, out = tmp_path / "base", tmp_path / "out"
-    save_base(base, "gpt2")
+    save_base(base)
+    (base / "model.safetensors").unlink()
     make_word_tokenizer().save_pretrained(base)
     out.mkdir()
-    with pytest.raises(ExportError, match=r"does not know GPT2LMHeadModel; take --engine torch"):
+    with pytest.raises(ExportError, match=r"model builder failed: OSError: .*model.safetensors.*take --engine torch"):
         build_genai(base, out, "fp32")
     assert content(out) == {}
 
 
 def test_a_missing_package_names_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_peft(adapter, save_base(base))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r'onnxruntime-genai.*pip install "loraone-init\[genai\]"'):
-        build_genai(tmp_path, tmp_path, "fp32")
+    result = export("onnx", base, adapter, "-o", tmp_path / "folder", "--engine", "genai")
+    assert result.exit_code == 1
+    assert 'onnxruntime-genai, which is not installed: pip install "loraone-init[genai]"' in error_line(result.stderr)
