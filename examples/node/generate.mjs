@@ -12,7 +12,6 @@ const int64 = (values) => new ort.Tensor("int64", BigInt64Array.from(values, Big
 /** The token with the largest logit at the last position; of equal ones the first. */
 function best(logits) {
   const [, length, vocabulary] = logits.dims;
-  if (logits.type !== "float32") throw new Error(`logits are ${logits.type}; export with another --dtype`);
   const last = logits.data.subarray((length - 1) * vocabulary);
   let token = 0;
   for (let i = 1; i < vocabulary; i++) if (last[i] > last[token]) token = i;
@@ -21,6 +20,8 @@ function best(logits) {
 
 /** Caches of no tokens yet. */
 function emptyCaches(session, decoder) {
+  const { type } = session.inputMetadata.find(({ name }) => name.startsWith("past_key_values."));
+  if (type !== "float32") throw new Error(`the graph's caches are ${type}; export with another --dtype or --engine`);
   const shape = [1, decoder.num_key_value_heads, 0, decoder.head_size];
   const names = session.inputNames.filter((name) => name.startsWith("past_key_values."));
   return Object.fromEntries(names.map((name) => [name, new ort.Tensor("float32", new Float32Array(0), shape)]));
