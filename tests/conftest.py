@@ -289,3 +289,26 @@ def labelled(tmp_path: Path) -> Path:
     rows = [{"text": f"w{i} w{5 * i} w3", "label": ("bad", "good", "so-so")[i % 3]} for i in range(12)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+@pytest.fixture(scope="session")
+def smollm2_adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of random factors for SmolLM2, small enough that it still writes English."""
+    from exports import save_peft
+
+    directory = tmp_path_factory.mktemp("smollm2-adapter")
+    save_peft(directory, AutoModelForCausalLM.from_pretrained(smollm2), lora_alpha=1)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_genai(smollm2: Path, smollm2_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 merged with `smollm2_adapter`, as `--engine genai` writes it."""
+    for module in ("onnxruntime_genai", "onnx_ir"):
+        pytest.importorskip(module, reason='not installed: pip install "loraone-init[genai]"')
+    from exports import export
+
+    directory = tmp_path_factory.mktemp("smollm2-genai") / "folder"
+    result = export("onnx", smollm2, smollm2_adapter, "-o", directory, "--engine", "genai")
+    assert result.exit_code == 0, result.output
+    return directory

@@ -85,6 +85,10 @@ def test_torchrun_lines_parse(command):
     assert str(context.params["output"]) in command
 
 
+def test_node_programs_exist():
+    assert all((ROOT / command.split()[1]).is_file() for command in commands("node"))
+
+
 def test_figures_are_those_of_the_benchmark():
     spec = importlib.util.spec_from_file_location("init_benchmark", ROOT / "benchmarks" / "init.py")
     benchmark = importlib.util.module_from_spec(spec)
