@@ -24,7 +24,7 @@ pytestmark = [
 
 FP32 = 1e-5  # relative; other kernels, in fp32 with a cache of fp32
 GELU = 1e-3  # relative; llama.cpp looks it up in a table of fp16
-QUANTIZED = 0.12  # relative; activations are rounded to 8 bits for every product with a Q4_1 weight
+QUANTIZED = 0.1  # relative; activations are rounded to 8 bits for every product with a Q4_1 weight
 PROMPT = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
 
 
@@ -57,11 +57,11 @@ def test_smollm2_as_it_is_packaged(smollm2: Path, tmp_path: Path) -> None:
     from gguf_models import llama_cpp_logits
 
     adapter, file = tmp_path / "adapter", tmp_path / "adapter.gguf"
-    save_peft(adapter, AutoModelForCausalLM.from_pretrained(smollm2), r=8, lora_alpha=4, use_rslora=True)
+    save_peft(adapter, AutoModelForCausalLM.from_pretrained(smollm2), r=8, lora_alpha=2, use_rslora=True)
     assert export("gguf", smollm2, adapter, "-o", file).exit_code == 0
     ids = AutoTokenizer.from_pretrained(smollm2)(PROMPT).input_ids
     plain, adapted = llama_cpp_logits(_demo_file(), ids), llama_cpp_logits(_demo_file(), ids, file)
     expected = logits(smollm2, ids, adapter)
     assert relative_error(plain, logits(smollm2, ids)) < QUANTIZED
     assert relative_error(adapted, expected) < QUANTIZED
-    assert relative_error(plain, expected) > 3 * QUANTIZED
+    assert relative_error(plain, expected) > 2 * QUANTIZED
