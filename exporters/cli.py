@@ -49,20 +49,14 @@ def target(
     *,
     output_help: str = "Directory to write.",
     check: Callable[[Path, bool], None] | None = None,
-<<<<<<< HEAD
     takes_experts: bool = False,
-=======
     task_type: Callable[[dict[str, Any]], str | None] | None = None,
->>>>>>> a79b9db6d25d0448c637e3a86035f8771455a229
 ) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
     """A subcommand: the options that all share, the adapter and its base opened and checked, the result printed.
 
     check: raises OutputError where the output cannot be written; by default for a directory.
-<<<<<<< HEAD
     takes_experts: whether it can do with factors of fused experts; they are refused otherwise.
-=======
     task_type: from the options, PEFT's name of the task to open the model for; by default the adapter's.
->>>>>>> a79b9db6d25d0448c637e3a86035f8771455a229
     """
 
     def decorate(run: Callable[..., dict[str, Any]]) -> click.Command:
@@ -179,7 +173,6 @@ def merged(export: Export, dtype: Any) -> dict[str, Any]:
     return export_merged(export.base, export.lora, export.output, dtype)
 
 
-<<<<<<< HEAD
 @target("peft", output_help="FILE.safetensors, or a PEFT directory.", check=_check_adapter, takes_experts=True)
 @click.option("--plain-scaling", is_flag=True, help="Write α' = s·r without rsLoRA, for readers that ignore rsLoRA.")
 def peft(export: Export, plain_scaling: bool) -> dict[str, Any]:
@@ -206,7 +199,8 @@ def gguf(export: Export) -> dict[str, Any]:
     from .gguf import export_gguf
 
     return export_gguf(export.base, export.lora, export.output)
-=======
+
+
 def _task_type(options: dict[str, Any]) -> str | None:
     from .onnx_tasks import TASKS
 
@@ -290,7 +284,6 @@ def onnx_adapter(export: Export, base_graph: Path | None, opset: int, atol: floa
     if base_graph is not None:
         return export_adapter_file(export.base, export.lora, export.output, base_graph)
     return export_adapter_folder(export.base, export.lora, export.output, OnnxOptions(opset=opset, atol=atol))
->>>>>>> a79b9db6d25d0448c637e3a86035f8771455a229
 
 
 if __name__ == "__main__":
