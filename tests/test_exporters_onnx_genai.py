@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import content, error_line, make_word_tokenizer
+from conftest import content, error_line
 from exports import export, save_base, save_peft
 from onnx_runs import PROMPT, empty_caches, onnx_tokens, open_graph, pytorch_tokens, run
 from transformers import AutoTokenizer
@@ -139,15 +140,16 @@ def test_an_unknown_architecture_names_the_other_engine(tmp_path: Path) -> None:
     assert content(tmp_path) == before
 
 
-def test_what_the_builder_says_is_passed_on(tmp_path: Path) -> None:
-    """It cannot find the weights."""
+def test_what_the_builder_says_last_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime_genai")
     base, out = tmp_path / "base", tmp_path / "out"
     save_base(base)
-    (base / "model.safetensors").unlink()
-    make_word_tokenizer().save_pretrained(base)
     out.mkdir()
-    with pytest.raises(ExportError, match=r"model builder failed: OSError: .*model.safetensors.*take --engine torch"):
+    failed = subprocess.CompletedProcess(
+        [], 1, stdout="Reading layer 0\n\nOSError: [Errno 28] No space left on device\n"
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: failed)
+    with pytest.raises(ExportError, match=r"builder failed: OSError: .*No space left on device; take --engine torch"):
         build_genai(base, out, "fp32")
     assert content(out) == {}
 
