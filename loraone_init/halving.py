@@ -86,7 +86,9 @@ class MicroBatches:
         for batch, part in zip(self._of, losses, strict=True):
             merged.setdefault(batch, []).append(part)
         return [
-            RowLosses(torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts]))
+            parts[0]
+            if len(parts) == 1
+            else RowLosses(torch.cat([part.sums for part in parts]), torch.cat([part.counts for part in parts]))
             for parts in merged.values()
         ]
 
