@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraone_init.checkpoint import Checkpoint, map_parameters
+from loraone_init.checkpoint import Checkpoint
 from loraone_init.errors import ExportError, ModelError, describe
+from loraone_init.recipes import plain_names
 from loraone_init.sources import LocalModel, resolve_model
 from loraone_init.targets import layer_shape
 
@@ -50,7 +51,7 @@ class BaseModel:
     @cached_property
     def tensor_names(self) -> dict[str, str]:
         """The checkpoint's name for every parameter that it holds as the model does (fused experts it does not)."""
-        return map_parameters(self.module, self.checkpoint.names, skip_converted=True) or {}
+        return plain_names(self.module, self.checkpoint)
 
 
 def open_base(

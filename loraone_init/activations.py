@@ -18,11 +18,18 @@ class ActivationBudget:
 
     def __init__(self, limit: int) -> None:
         self.left = limit
+        self._first: int | None = None
         self._ratio = 0.0  # bytes that a graph holds for each byte of the call's input, the most seen
 
-    def reserve(self, size: int) -> None:
-        """Set `size` bytes aside for something else."""
-        self.left -= size
+    def expect(self, input_bytes: int, num_blocks: int, num_batches: int) -> None:
+        """Set room for all blocks' inputs aside, told by the first block's: the first call tells for all micro-batches,
+        each one after it corrects what was set aside for its own.
+        """
+        if self._first is None:
+            self._first = input_bytes
+            self.left -= num_blocks * num_batches * input_bytes
+        else:
+            self.left -= num_blocks * (input_bytes - self._first)
 
     def allows(self, input_bytes: int) -> bool:
         """Whether the graph of a call will fit, by what earlier ones took. The first call finds out."""
@@ -48,14 +55,13 @@ class HeldBytes:
     @contextmanager
     def counted(self, block: nn.Module) -> Iterator[None]:
         """Around the forward of `block`."""
-        weights = {tensor.untyped_storage().data_ptr(): (name, tensor) for name, tensor in block.named_parameters()}
+        weights = {_place(tensor): name for name, tensor in block.named_parameters()}
         held: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> Any:
-            place = tensor.untyped_storage().data_ptr()
-            if place in weights:
-                return weights[place][0], tensor.shape, tensor.stride(), tensor.storage_offset()
-            held[place] = tensor.untyped_storage().nbytes()
+            if _place(tensor) in weights:
+                return weights[_place(tensor)], tensor.shape, tensor.stride(), tensor.storage_offset()
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         def unpack(packed: Any) -> torch.Tensor:
@@ -67,3 +73,8 @@ class HeldBytes:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
         self.total = sum(held.values())
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.dtype]:
+    """Where a tensor's storage is. Weights may share one: then any of them leads to it, if its elements are as wide."""
+    return tensor.untyped_storage().data_ptr(), tensor.dtype

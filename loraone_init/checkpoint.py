@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,19 +67,23 @@ class Checkpoint:
             raise ModelError(f"tensor {name} has dtype {view.get_dtype()}, which is not known")
         return DTYPES[view.get_dtype()], tuple(view.get_shape())
 
-    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """The tensor on the CPU in its stored dtype. Raises ModelError where it cannot be read or has another shape."""
+    def read(self, name: str, shape: torch.Size | None = None) -> torch.Tensor:
+        """The tensor on the CPU in its stored dtype. Raises ModelError if it cannot be read or has another shape."""
         path = self._where[name]
         try:
             tensor: torch.Tensor = self._files[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"cannot read tensor {name} of {path}: {error}; is the file complete?") from error
-        if tensor.shape != shape:
+        if shape is not None and tensor.shape != shape:
             raise ModelError(
                 f"tensor {name} of {path} has shape {tuple(tensor.shape)}, the model expects {tuple(shape)}; does"
                 " config.json belong to these weights?"
             )
         return tensor
+
+    def shape(self, name: str) -> torch.Size:
+        """Told from the file's header; nothing else is read."""
+        return torch.Size(self._files[self._where[name]].get_slice(name).get_shape())
 
     def fingerprint(self) -> str:
         """SHA-256 over each tensor's name, dtype, shape and first 4,096 bytes, in order of names (docs/format.md).
@@ -99,36 +102,6 @@ class Checkpoint:
                 file.seek(start + begin)
                 digest.update(file.read(min(end - begin, FINGERPRINT_BYTES)))
         return digest.hexdigest()
-
-
-def map_parameters(
-    model: PreTrainedModel, names: Iterable[str], *, skip_converted: bool = False
-) -> dict[str, str] | None:
-    """For every parameter and persistent buffer of `model` that the checkpoint holds, the checkpoint's name for it.
-
-    Checkpoint names are not always module names; transformers' own conversion mapping renames them. None where some
-    tensor is not only renamed but put together from several (fused experts), since it cannot be read alone; with
-    `skip_converted` such tensors are left out.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    found: dict[str, str] = {}
-    for name in names:
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if renamed not in state and name in state:
-            renamed, converter = name, None
-        if converter is not None and renamed in state:
-            if skip_converted:
-                continue
-            return None
-        if renamed in state:
-            found[renamed] = name
-    return found
 
 
 def declared_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

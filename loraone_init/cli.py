@@ -65,8 +65,14 @@ if TYPE_CHECKING:
     help="What to compute in; gradients and SVDs are fp32 or better in any case.",
 )
 @click.option(
+    "--placement",
+    default="auto",
+    type=click.Choice(["auto", "device", "host", "disk"]),
+    help="Where blocks' weights are between their uses: on the device, in host memory, or on disk.",
+)
+@click.option(
     "--max-memory",
-    help="What may be used, such as 8GiB: what is left of it keeps activations instead of computing them twice.",
+    help="What may be used of the device, such as 8GiB; what is left of it keeps block inputs, then activations.",
 )
 @click.option("--seed", default=0, help="Seeds the choice of rows and the SVDs.")
 @source_options
@@ -124,7 +130,9 @@ def _run(
     use_one_heap()
     with Bars(shown=is_main and not (quiet or as_json)) as monitor:
         with monitor.timed("open"):
-            opened = _open(ranks, model, options, partial(read_labels, data, wanted, token=options["token"]))
+            opened = _open(
+                ranks, model, max_memory, options, partial(read_labels, data, wanted, token=options["token"])
+            )
         if opened.tokenizer is None:
             raise ModelError(
                 f"{model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
@@ -151,7 +159,7 @@ def _run(
     warn_if_worse(adapter.loss, adapter.config.gamma)
 
 
-def _open(ranks: Ranks, model: str, options: dict[str, Any], labels: LabelSource) -> OpenModel:
+def _open(ranks: Ranks, model: str, max_memory: int | None, options: dict[str, Any], labels: LabelSource) -> OpenModel:
     """The model on this rank's device. What has to be fetched or converted is so by one rank of each node."""
     from .models import open_model
     from .sources import resolve_model
@@ -168,6 +176,8 @@ def _open(ranks: Ranks, model: str, options: dict[str, Any], labels: LabelSource
         device=ranks.device,
         dtype=options["dtype"],
         block_path=options["block_path"],
+        placement=options["placement"],
+        max_memory=max_memory,
         weights=not options["dry_run"],
         task=options["task"],
         labels=labels,

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import click
 
-from .errors import LoraOneError
+from .errors import LoraOneError, is_out_of_memory
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -24,8 +24,6 @@ CONTEXT = {
     "max_content_width": 110,
     "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_length is --max-length
 }
-
-_OUT_OF_MEMORY = re.compile(r"out of ?memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 
 class Command(click.Command):
@@ -89,7 +87,7 @@ def failure_text(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was written"
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+    if is_out_of_memory(error):
         return "out of memory; lower --batch-tokens, --max-length or --samples, or close other programs"
     message = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {message} (unforeseen; --verbose shows where: please report it)"

@@ -20,8 +20,8 @@ from .experts import ExpertLinear
 from .initialization import check_rank
 from .memory import describe_size, used_memory
 from .models import OpenModel
+from .placement import Place
 from .report import count, describe_sample
-from .stores import DiskStore
 from .targets import layer_shape, select_targets
 
 
@@ -40,7 +40,7 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any
         "sample": sample.facts(),
         "device": str(opened.device),
         "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
-        "placement": "disk" if isinstance(opened.stack.store, DiskStore) else "device",
+        "placement": opened.placement,
         "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
         "seconds": round(estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens), 1),
     }
@@ -62,9 +62,9 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
     memory = content["memory_bytes"]
     parts = {
         "program": "program",
-        "outside": "embeddings and head",
-        "block": "a block",
-        "gradients": "its gradients",
+        "outside": "weights that stay",
+        "block": "weights that come and go",
+        "gradients": "a block's gradients",
         "inputs": "inputs of all blocks",
         "working": "a micro-batch",
     }
@@ -87,7 +87,8 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
     Console().print(table)
 
 
-_PLACEMENTS = {
-    "disk": "blocks are read from the checkpoint when they are needed",
-    "device": "the whole model is held in memory",
+_PLACEMENTS: dict[Place, str] = {
+    "disk": "disk: blocks are read from the checkpoint when they are needed",
+    "host": "host: the whole model is held in host memory, and blocks are copied to the device when they are needed",
+    "device": "device: the whole model is held in the device's memory",
 }

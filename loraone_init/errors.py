@@ -1,5 +1,9 @@
 """What can go wrong, one class per stage. A message says what, got, expected and the remedy, in one line."""
 
+from __future__ import annotations
+
+import re
+
 
 class LoraOneError(Exception):
     """Any failure this package foresees. The command line prints it as one `Error:` line and exits with 1."""
@@ -21,6 +25,10 @@ class NumericalError(LoraOneError):
     """A loss or gradient is not finite."""
 
 
+class ResourceError(LoraOneError):
+    """Memory, or disk space for what does not fit into it, does not suffice."""
+
+
 class OutputError(LoraOneError):
     """The result cannot be written, or would overwrite something."""
 
@@ -31,6 +39,14 @@ class AdapterError(LoraOneError):
 
 class ExportError(LoraOneError):
     """An adapter cannot be brought into the form asked for."""
+
+
+_OUT_OF_MEMORY = re.compile(r"out of ?memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED", re.I)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of whatever kind: each library says it in its own way."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
 
 
 def describe(error: BaseException) -> str:

@@ -20,6 +20,14 @@ _ACTIVATIONS = 1.4  # what a block's graph holds, for each element that goes int
 _LOGIT_BUFFERS = 3
 _EFFICIENCY = 0.65  # share of the matrix rate that whole blocks reach: seen 0.6 forward, 0.7 backward, on 2 cores
 _SVD_ITERATIONS, _SVD_VECTORS, _SVD_EFFICIENCY = 5, 24, 0.2
+_BLOCKS_AT_ONCE = {  # by placement, and whether on a CPU
+    ("device", True): 0,
+    ("device", False): 0,
+    ("host", True): 0,
+    ("host", False): 2,
+    ("disk", True): 1,
+    ("disk", False): 2,
+}
 _PROBE = 1024  # size of the product that measures the machine
 
 
@@ -27,8 +35,8 @@ _PROBE = 1024  # size of the product that measures the machine
 class Memory:
     """Bytes, on the device.
 
-    outside:   weights that belong to no block; they are always there.
-    block:     weights of the largest block.
+    outside:   weights that are always there: those that belong to no block, or all where none come and go.
+    block:     weights that come and go: of the largest block; of two, where the next one comes ahead.
     gradients: of that block's target layers, and a copy of the largest for its SVD.
     inputs:    of all blocks, for the whole sample: kept from the forward to the backward.
     working:   what one block computes for the largest micro-batch, or the head for its chunk of logits.
@@ -56,6 +64,7 @@ def estimate_memory(opened: OpenModel, targets: Mapping[str, nn.Module], batches
     blocks = {block: [t for name, t in tensors if name.startswith(f"{block}.")] for block in opened.stack.names}
     block = max((_bytes(inside) for inside in blocks.values()), default=0)
     everything = _bytes([t for _, t in tensors])
+    copies = _BLOCKS_AT_ONCE[opened.placement, opened.device.type == "cpu"]
     gradients = [_gradient_bytes(targets, name) for name in opened.stack.names]
     read = [batch for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
     tokens = [list(num_tokens(opened, batch).values()) for batch in read]
@@ -64,8 +73,8 @@ def estimate_memory(opened: OpenModel, targets: Mapping[str, nn.Module], batches
     has_vocabulary = bool(read) and opened.labels is None
     head = _LOGIT_BUFFERS * MAX_LOGITS * max(4, size) if has_vocabulary else 0
     return Memory(
-        outside=everything - sum(map(_bytes, blocks.values())),
-        block=block,
+        outside=everything - (sum(map(_bytes, blocks.values())) if copies else 0),
+        block=copies * block,
         gradients=max(gradients, default=0),
         inputs=_hidden_size(opened.module) * size * sum(map(sum, tokens)),
         working=max(graph * max(map(max, filter(None, tokens)), default=0), head),

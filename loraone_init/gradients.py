@@ -16,9 +16,10 @@ from torch import nn
 from .activations import ActivationBudget
 from .errors import DataError, ModelError, NumericalError
 from .experts import ExpertLinear
+from .halving import MicroBatches, TooLargeError
 from .monitor import Monitor
 from .objective import Objective, RowLosses
-from .precision import full_precision
+from .products import add_product
 from .ranks import Alone, Ranks
 from .streaming import BlockStack, Trace, stream_backward, stream_forward
 from .targets import layer_shape
@@ -92,14 +93,8 @@ class Collector:
         waiting = self._waiting.pop(name, [])
         if not waiting:
             return
-        dtype = torch.promote_types(waiting[0][1].dtype, torch.float32)
-        dY = torch.cat([dY for dY, _ in waiting]).to(dtype)
-        X = torch.cat([X for _, X in waiting]).to(dtype)
-        with full_precision(X.device):
-            if name in self._sums:
-                self._sums[name].addmm_(dY.T, X)
-            else:
-                self._sums[name] = dY.T @ X
+        dY, X = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
+        self._sums[name] = add_product(self._sums.get(name), dY, X)
 
 
 def _wide(module: nn.Module) -> int:
@@ -129,26 +124,85 @@ def stream_gradients(
             none; the mean is that of all, and the gradients are those that this one is to decompose.
 
     The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
-    mode with frozen parameters.
+    mode with frozen parameters. Micro-batches that do not fit in memory are halved, and both begin anew.
 
-    Raises DataError where no token is trained on, NumericalError where the loss is not finite.
+    Raises DataError where no token is trained on, NumericalError where the loss is not finite, ResourceError where a
+    single row does not fit in memory.
     """
-    monitor = monitor or Monitor()
-    collector = Collector(targets)
-    trained = frozenset(index for index, block in enumerate(stack.names) if _within(targets, block))
-    losses: dict[int, RowLosses] = {}
-
-    def finish(index: int, features: Any) -> None:
-        with monitor.timed("head"):
-            losses[index] = objective.finish(features, batches[index], backward=True)
-
-    with monitor.timed("forward"), collector.attached(), objective.active():
-        forwards = [partial(objective.forward, batch) for batch in batches]
-        traces = stream_forward(stack, forwards, finish, trained, partial(monitor.step, "forward"), budget)
-    ordered = [losses[index] for index in range(len(batches))]
     ranks = ranks or Alone()
-    order, count = _agree(stack, traces, ordered, ranks)
-    return ordered, _backward(stack, targets, collector, traces, order, count, monitor, ranks)
+    gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), ranks)
+    losses = gradients.forward(budget)
+    order, count = _agree(stack, gradients.traces, losses, ranks)
+    return losses, gradients.backward(order, count)
+
+
+class _Pass:
+    """One forward and backward; where memory runs out, another one for the layers that are still to come."""
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        targets: Mapping[str, nn.Module],
+        objective: Objective,
+        batches: MicroBatches,
+        monitor: Monitor,
+        ranks: Ranks,
+    ) -> None:
+        self.traces: list[Trace] = []
+        self._stack = stack
+        self._waiting = dict(targets)
+        self._objective = objective
+        self._batches = batches
+        self._monitor = monitor
+        self._ranks = ranks
+        self._collector = Collector(targets)
+        self._shared: set[int] = set()  # blocks whose gradients have gone out
+
+    def forward(self, budget: ActivationBudget | None) -> list[RowLosses]:
+        """The losses of all batches; the traces are here after."""
+        first = [budget]  # a retry keeps no activations
+        return self._batches.attempt(lambda parts: self._forward(parts, first.pop() if first else None))
+
+    def backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
+        """order: of the blocks that were called. count: of the terms of the mean."""
+        while True:
+            try:
+                yield from self._backward(order, count)
+                break
+            except TooLargeError as error:
+                index, block = error.index, error.block
+            self.traces, self._collector = [], Collector(self._waiting)
+            self._batches.halve(index, block)
+            self.forward(None)
+        # layers outside of all blocks, or never reached
+        yield from self._ranks.share(self._collector.take(name, count) for name in self._waiting)
+
+    def _forward(self, parts: list[Any], budget: ActivationBudget | None) -> list[RowLosses]:
+        self._collector = Collector(self._waiting)
+        trained = frozenset(i for i, block in enumerate(self._stack.names) if _within(self._waiting, block))
+        losses: dict[int, RowLosses] = {}
+
+        def finish(index: int, features: Any) -> None:
+            with self._monitor.timed("head"):
+                losses[index] = self._objective.finish(features, parts[index], backward=True)
+
+        with self._monitor.timed("forward"), self._collector.attached(), self._objective.active():
+            forwards = [partial(self._objective.forward, part) for part in parts]
+            on_step = partial(self._monitor.step, "forward")
+            self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, budget)
+        return self._batches.merge([losses[index] for index in range(len(parts))])
+
+    def _backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
+        with self._collector.attached():
+            for done, block in enumerate(stream_backward(self._stack, self.traces, order), start=1):
+                self._monitor.step("backward", done, len(order))
+                if block in self._shared:  # by the pass that was broken off
+                    continue
+                self._shared.add(block)
+                names = _within(self._waiting, self._stack.names[block])
+                for name in names:
+                    del self._waiting[name]
+                yield from self._ranks.share(self._collector.take(name, count) for name in names)
 
 
 def _agree(
@@ -168,39 +222,22 @@ def _agree(
     return orders.pop(), count
 
 
-def _backward(
-    stack: BlockStack,
-    targets: Mapping[str, nn.Module],
-    collector: Collector,
-    traces: list[Trace],
-    order: Sequence[int],
-    count: float,
-    monitor: Monitor,
-    ranks: Ranks,
-) -> Iterator[LayerGradient]:
-    waiting = dict.fromkeys(targets)
-    with collector.attached():
-        for done, block in enumerate(stream_backward(stack, traces, order), start=1):
-            monitor.step("backward", done, len(order))
-            names = _within(waiting, stack.names[block])
-            for name in names:
-                del waiting[name]
-            yield from ranks.share(collector.take(name, count) for name in names)
-    # layers outside of all blocks, or never reached
-    yield from ranks.share(collector.take(name, count) for name in waiting)
-
-
 def stream_losses(stack: BlockStack, objective: Objective, batches: Sequence[Any]) -> list[RowLosses]:
     """Losses of all batches, no gradients."""
-    losses: dict[int, RowLosses] = {}
+    divided = MicroBatches(batches, stack)
 
-    def finish(index: int, features: Any) -> None:
-        with torch.no_grad():
-            losses[index] = objective.finish(features, batches[index], backward=False)
+    def run(parts: list[Any]) -> list[RowLosses]:
+        losses: dict[int, RowLosses] = {}
 
-    with objective.active():
-        stream_forward(stack, [partial(objective.forward, batch) for batch in batches], finish)
-    return [losses[index] for index in range(len(batches))]
+        def finish(index: int, features: Any) -> None:
+            with torch.no_grad():
+                losses[index] = objective.finish(features, parts[index], backward=False)
+
+        with objective.active():
+            stream_forward(stack, [partial(objective.forward, part) for part in parts], finish)
+        return divided.merge([losses[index] for index in range(len(parts))])
+
+    return divided.attempt(run)
 
 
 def check_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:

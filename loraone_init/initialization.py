@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .activations import ActivationBudget
 from .adapter import Adapter, LayerReport
 from .classification import SequenceClassification
 from .config import InitConfig
 from .errors import ConfigError, DataError, ModelError, NumericalError
-from .estimate import estimate_memory
 from .evaluation import evaluate_step
 from .experts import expert_stacks, experts_as_layers, renamed_targets
 from .factors import LoraPair, spectral_init
 from .gradients import LayerGradient, stream_gradients
 from .heads import saved_tensors
-from .memory import describe_size, used_memory
+from .kept import keeping
 from .models import OpenModel, open_module
 from .monitor import Monitor
 from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
 from .quantized import computed_dtype, differentiable, quantization_method
 from .ranks import Alone, Piece, Ranks, share_of
+from .room import find_room
 from .seq2seq import Seq2SeqLM
 from .svd import TruncatedSVD, layer_generator, truncated_svd
 from .targets import is_conv1d, layer_shape, select_targets
@@ -35,8 +33,6 @@ from .tasks import NAMES
 
 if TYPE_CHECKING:
     from .data import Sample
-
-logger = logging.getLogger(__name__)
 
 
 def initialize(
@@ -55,8 +51,10 @@ def initialize(
     batches: from `load_batches`, or a sequence of batches: mappings with input_ids, attention_mask and labels
              (batch, tokens), of a classifier labels by row; anything that `loss` understands otherwise.
     loss:    loss(model, batch) -> (summed loss, number of terms), for all but these transformers models.
-    max_memory: bytes that may be used on the device. What is left of them holds activations, which are otherwise
-             computed again in the backward; the adapter is the same, bit for bit.
+    max_memory: bytes that may be used on the device (on a CPU: by the process). What weights and a micro-batch leave of
+             them holds block inputs, of which the rest goes to host memory or disk; then activations, which are
+             otherwise computed again in the backward. None: what is free, and no activations. The adapter is the same,
+             bit for bit.
     monitor: is told of progress and keeps the seconds of each stage.
     ranks:   the processes that share the work, this one alone by default; each is given all batches and returns the
              same adapter.
@@ -83,9 +81,15 @@ def initialize(
     by_row = loss is None
     mine = share_of(rows, ranks.rank, ranks.size, by_row)
     own = [piece.batch for piece in mine]
-    budget = None if max_memory is None else _activation_budget(opened, targets, own, max_memory)
-    with _frozen(opened.module), differentiable(opened.module), experts_as_layers(opened.module, targets):
-        losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, budget, ranks)
+    room = find_room(opened, targets, own, max_memory)
+    with (
+        _frozen(opened.module),
+        differentiable(opened.module),
+        experts_as_layers(opened.module, targets),
+        keeping(room.device_bytes, room.host_bytes) as keeper,
+        opened.stack.kept_by(keeper),
+    ):
+        losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, room.activations, ranks)
         pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
         with monitor.timed("evaluate"):
             report = evaluate_step(
@@ -165,6 +169,7 @@ def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[Lora
             " float32 may help"
         ) from error
     pair = spectral_init(svd.U, svd.S, svd.Vh, config.gamma, generator, rank=svd.rank)
+    pair = LoraPair(pair.A.cpu(), pair.B.cpu())  # the device holds nothing that grows with the number of layers
     return pair, _report(gradient, svd, config.rank)
 
 
@@ -189,18 +194,6 @@ def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
     from .data import Sample
 
     return batches.facts() if isinstance(batches, Sample) else {}
-
-
-def _activation_budget(
-    opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], max_memory: int
-) -> ActivationBudget:
-    """What `max_memory` leaves beside all else that a run needs."""
-    memory = estimate_memory(opened, targets, batches)
-    left = max_memory - used_memory(opened.device) - memory.to_come
-    if left < memory.inputs:
-        needed = max_memory - left + memory.inputs
-        logger.warning("About %s will be used, more than --max-memory %s", *map(describe_size, (needed, max_memory)))
-    return ActivationBudget(left)
 
 
 def check_rank(targets: Mapping[str, nn.Module], rank: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -51,6 +53,58 @@ def used_memory(device: torch.device) -> int:
     import resource
 
     return pages * resource.getpagesize()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be allocated on a CUDA device, or in host memory: what the system has available, or the
+    process's control groups (containers, batch jobs) leave if that is less. None where the system does not tell.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu":
+        return None
+    rooms = [_available(), *_group_rooms()]
+    return min((room for room in rooms if room is not None), default=None)
+
+
+def _available(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    try:
+        found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.M)
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])
+
+
+def _group_rooms(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What each control group that the process is in leaves, of both versions; cached files count as free."""
+    try:
+        entries = [line.split(":", 2) for line in proc.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in entries:
+        if "memory" in controllers.split(","):
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif not controllers:
+            base, limit, usage = root, "memory.max", "memory.current"
+        else:
+            continue
+        own = base / path.lstrip("/")
+        for group in (own, *own.parents):
+            if group == base.parent:
+                break
+            room = _group_room(group, limit, usage)
+            if room is not None:
+                yield room
+
+
+def _group_room(group: Path, limit: str, usage: str) -> int | None:
+    try:
+        cap, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+        cached = re.search(r"^(?:total_)?inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)
+    except (OSError, ValueError):
+        return None
+    return int(cap) - used + int(cached[1] if cached else 0) if cap.isdigit() else None
 
 
 def peak_memory() -> int | None:

@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from .blocks import describe_module_lists, find_blocks
-from .checkpoint import Checkpoint, declared_dtypes, map_parameters
+from .checkpoint import Checkpoint, declared_dtypes
 from .errors import ConfigError, ModelError, describe
 from .heads import draw_modules, fit_labels, labels_and_head, lacking_modules, settle_padding, without_head
 from .labels import Labels, LabelSource
+from .placement import Choice, Place, Placement, check_placement, choose
 from .quantized import check_dtype, prepare_quantized, quantization_method
 from .sources import LocalModel, resolve_model
-from .stores import DiskStore, ResidentStore, get_tensor, set_tensor
+from .stores import DiskStore, HostStore, ResidentStore, WeightReader, WeightStore, get_tensor, set_tensor
+from .stores.opening import find_reader, move_present
 from .streaming import BlockStack
 from .tasks import NAMES, Task, auto_class, check_architecture, check_task, task_of_module
 
@@ -41,6 +43,7 @@ class OpenModel:
     block_path:  name of the module list that is streamed; None where it was found by itself.
     labels:      what the outputs of a classifier stand for.
     saved:       modules that the adapter holds as a whole: a classifier's head, and its pooler where it was drawn.
+    placement:   where the blocks' weights are between their uses.
     """
 
     module: nn.Module
@@ -54,6 +57,7 @@ class OpenModel:
     task: Task = "causal-lm"
     labels: Labels | None = None
     saved: tuple[str, ...] = ()
+    placement: Place = "device"
 
 
 def open_model(
@@ -65,6 +69,8 @@ def open_model(
     device: str = "auto",
     dtype: DType = "auto",
     block_path: str | None = None,
+    placement: Placement = "auto",
+    max_memory: int | None = None,
     weights: bool = True,
     task: Task = "causal-lm",
     labels: LabelSource = None,
@@ -75,6 +81,10 @@ def open_model(
     device: "auto" is the first CUDA device, else the CPU.
     dtype:  to compute in; "auto" is float32 on the CPU (bf16 is slower there) and the checkpoint's own on a GPU.
     block_path: name of the module list to stream, for a model whose blocks cannot be found by themselves.
+    placement: where the blocks' weights are between their uses: all on the device; in host memory, copied when they are
+        needed; on disk, read when they are needed. "auto" is the first of these that memory allows, and on a CPU, where
+        the file cache is memory as well, the disk. The adapter is the same, bit for bit.
+    max_memory: bytes of the device (on a CPU: of the process) that may be used; None: those that are free.
     weights: False for names and shapes only; such a model cannot be run.
     labels: of a classification, or what finds them; they count where the checkpoint has no head and names none.
     seed:   of a head that the checkpoint lacks.
@@ -82,11 +92,12 @@ def open_model(
     Raises ModelError, in one line, for whatever cannot be opened.
     """
     check_task(task)
+    check_placement(placement)
     place = select_device(device)
     source = resolve_model(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source.directory)
-    wanted = _Wanted(place, dtype, trust_remote_code, block_path, weights, task, labels)
-    module, stack = _load(source, checkpoint, wanted)
+    wanted = _Wanted(place, dtype, trust_remote_code, block_path, placement, max_memory, weights, task, labels)
+    module, stack, where = _load(source, checkpoint, wanted)
     drawn = lacking_modules(module, checkpoint.names)
     if weights:
         draw_modules(module, drawn, seed, place)
@@ -103,6 +114,7 @@ def open_model(
         block_path,
         task,
         *labels_and_head(module, drawn),
+        where,
     )
 
 
@@ -142,13 +154,15 @@ class _Wanted:
     dtype: DType
     trust_remote_code: bool
     block_path: str | None
+    placement: Placement
+    max_memory: int | None
     weights: bool
     task: Task
     labels: LabelSource
 
 
-def _load(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> tuple[nn.Module, BlockStack]:
-    device, trust_remote_code = wanted.device, wanted.trust_remote_code
+def _load(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> tuple[nn.Module, BlockStack, Place]:
+    device = wanted.device
     model = _skeleton(source, checkpoint, wanted)
     blocks = find_blocks(model, wanted.block_path)
     if not blocks:
@@ -157,23 +171,41 @@ def _load(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> tuple[
             f" {describe_module_lists(model)}"
         )
     method = quantization_method(model)
-    names = None if trust_remote_code or method else map_parameters(model, checkpoint.names)
-    if names is None:
-        reason = "the model has code of its own" if trust_remote_code else "its tensors are stored in another form"
-        reason = f"it is quantized with {method}" if method else reason
-        logger.warning("The whole model is held in memory: %s, so blocks cannot be read one by one", reason)
-        if method and not wanted.weights:
-            logger.warning("Memory is told for the model as it is when not quantized")
-        if wanted.weights and method:
-            computed = model.dtype
-            model = _load_whole(source, model, wanted, quantized=True)
-            prepare_quantized(model, source.name, computed)
-        elif wanted.weights:
-            model = _load_whole(source, model, wanted).to(device)
+    obstacle: str | None = f"it is quantized with {method}" if method else "the model has code of its own"
+    reader: WeightReader | None = None
+    if not method and not wanted.trust_remote_code:
+        reader, obstacle = find_reader(model, checkpoint, blocks, _resolve_ties)
+    choice = choose(wanted.placement, model, blocks, device, wanted.max_memory, obstacle)
+    if method:
+        choice = Choice("device", f"{obstacle}, so blocks cannot be moved one by one")
+    if method and not wanted.weights:
+        logger.warning("Memory is told for the model as it is when not quantized")
+    if not wanted.weights:
+        return model, BlockStack(model, blocks, ResidentStore()), choice.place
+    logger.log(logging.WARNING if obstacle else logging.INFO, "Placement: %s (%s)", choice.place, choice.why)
+    if reader is None:
+        return (*_load_unread(source, model, blocks, choice.place, wanted), choice.place)
+    _load_rest(model, [] if choice.place == "device" else blocks, reader, device)
+    store: WeightStore = ResidentStore()
+    if choice.place != "device":
+        kind = HostStore if choice.place == "host" else DiskStore
+        store = kind(model, blocks, device, reader)
+    return model, BlockStack(model, blocks, store), choice.place
+
+
+def _load_unread(
+    source: LocalModel, model: PreTrainedModel, blocks: list[str], place: Place, wanted: _Wanted
+) -> tuple[nn.Module, BlockStack]:
+    """What cannot be read block by block, by transformers as a whole."""
+    method = quantization_method(model)
+    if method:
+        computed = model.dtype
+        model = _load_whole(source, model, wanted, quantized=True)
+        prepare_quantized(model, source.name, computed)
         return model, BlockStack(model, blocks, ResidentStore())
-    store = DiskStore(model, checkpoint, names, device)
-    if wanted.weights:
-        _load_rest(model, blocks, names, store, device)
+    model = _load_whole(source, model, wanted)
+    store: WeightStore = HostStore(model, blocks, wanted.device) if place == "host" else ResidentStore()
+    move_present(model, wanted.device)
     return model, BlockStack(model, blocks, store)
 
 
@@ -254,10 +286,9 @@ def _load_whole(
     return model.eval().requires_grad_(False)
 
 
-def _load_rest(
-    model: PreTrainedModel, blocks: list[str], names: dict[str, str], store: DiskStore, device: torch.device
-) -> None:
-    """Read everything outside of the blocks, alias what is tied, compute the buffers that no checkpoint holds."""
+def _load_rest(model: PreTrainedModel, blocks: list[str], reader: WeightReader, device: torch.device) -> None:
+    """Read everything outside of `blocks`, alias what is tied, compute the buffers that no checkpoint holds."""
+    names = reader.names
     tied = _resolve_ties(model, names)
     ignored = model._keys_to_ignore_on_load_missing or ()
     missing = [
@@ -268,7 +299,7 @@ def _load_rest(
     _check_missing(model, missing)
     _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
     prefixes = tuple(f"{block}." for block in blocks)
-    store.load([name for name in names if not name.startswith(prefixes)])
+    reader.load([name for name in names if not name.startswith(prefixes)], device)
     for target, source in tied.items():
         path, _, leaf = target.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
@@ -283,7 +314,7 @@ def _check_missing(model: PreTrainedModel, missing: list[str]) -> None:
         )
 
 
-def _resolve_ties(model: PreTrainedModel, names: dict[str, str]) -> dict[str, str]:
+def _resolve_ties(model: PreTrainedModel, names: set[str]) -> dict[str, str]:
     """{tensor that the checkpoint lacks: the one it is tied to}. Where the checkpoint has both, both are read."""
     pairs: dict[str, str] = model.all_tied_weights_keys
     forward = {target: source for target, source in pairs.items() if target not in names and source in names}
@@ -291,7 +322,7 @@ def _resolve_ties(model: PreTrainedModel, names: dict[str, str]) -> dict[str, st
     return forward | backward
 
 
-def _compute_buffers(model: PreTrainedModel, names: dict[str, str], device: torch.device) -> None:
+def _compute_buffers(model: PreTrainedModel, names: set[str], device: torch.device) -> None:
     """Buffers that are computed, not stored (rotary frequencies): by the model's own `_init_weights`.
 
     It initialises a module's weights as well, so it has to run while those are on the meta device.

@@ -239,10 +239,15 @@ def content(directory: Path) -> dict[str, bytes | None]:
     return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
+def beside_placement(stderr: str) -> str:
+    """What was said but for where the weights are."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("Placement: "))
+
+
 def error_line(stderr: str) -> str:
     """The last line, which is the only one but for log messages before it."""
     *before, last = stderr.splitlines()
-    assert all(line.startswith(("Warning: ", "Converting ")) for line in before), stderr
+    assert all(line.startswith(("Warning: ", "Converting ", "Placement: ", "Block inputs ")) for line in before), stderr
     assert last.startswith("Error: "), stderr
     return last
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from conftest import beside_placement
+
 PRELOADED = ["torch", "torch.distributed", "transformers.models.llama.modeling_llama", "loraone_init.initialization"]
 LIMIT = 60.0  # seconds within which a run has to end, whatever happens
 
@@ -50,7 +52,7 @@ def run_ranks(
     assert not hanging, f"ranks {hanging} did not end"
     texts = [(directory / f"{rank}.out", directory / f"{rank}.err") for rank in range(size)]
     return [
-        Ended(process.exitcode, out.read_text(), err.read_text())
+        Ended(process.exitcode, out.read_text(), beside_placement(err.read_text()))
         for process, (out, err) in zip(processes, texts, strict=True)
     ]
 

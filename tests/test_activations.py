@@ -83,7 +83,10 @@ def test_weights_do_not_count():
 
 def test_graphs_take_from_the_budget_until_it_is_used_up():
     budget = ActivationBudget(100)
-    budget.reserve(20)
+    budget.expect(3, num_blocks=2, num_batches=3)
+    budget.expect(4, num_blocks=2, num_batches=3)
+    budget.expect(3, num_blocks=2, num_batches=3)
+    assert budget.left == 100 - 2 * (3 + 4 + 3)
     assert budget.allows(1)  # nothing is known yet
     assert budget.take(50, input_bytes=5)
     assert (budget.left, budget.allows(3), budget.allows(4)) == (30, True, False)

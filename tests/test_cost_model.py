@@ -51,7 +51,8 @@ def test_device_memory_is_the_packages_estimate() -> None:
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     batches = make_batches((512,) * 4, rows=8, vocabulary=1000)
-    memory = estimate_memory(open_module(module), select_targets(module, "all-linear"), batches)
+    opened = replace(open_module(module), placement="host", device=torch.device("cuda"))
+    memory = estimate_memory(opened, select_targets(module, "all-linear"), batches)
     model = Model("small", 1024, 3072, 256, 3, 1000, rows=32, length=512, batch_tokens=4096)
     blocks = (memory.outside + memory.block - WEIGHT * model.outside) / (WEIGHT * model.block)
     assert blocks == pytest.approx(round(blocks), rel=1e-3)  # as many as the placement has on the device

@@ -11,14 +11,14 @@ import torch
 from conftest import CAUSAL_CONFIGS, make_batches, make_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM
 
 from loraone_init.checkpoint import Checkpoint
 from loraone_init.errors import ConfigError, ModelError
 from loraone_init.gradients import stream_losses
 from loraone_init.models import open_model
 from loraone_init.objective import CausalLM
-from loraone_init.stores import DiskStore, ResidentStore
+from loraone_init.stores import DiskStore
 
 FP32 = 1e-6
 """Both sides compute the same in fp32; a block alone may be summed in another order."""
@@ -95,33 +95,6 @@ def test_bf16_checkpoint_is_computed_in_fp32_on_the_cpu(tmp_path):
 def test_dtype_can_be_chosen(tmp_path):
     opened = open_model(str(save(make_model("llama", torch.float32), tmp_path)), dtype="bfloat16")
     assert {p.dtype for p in opened.module.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("config", [MixtralConfig, Qwen3MoeConfig])
-def test_fused_experts_are_held_in_memory(config, tmp_path):
-    """Their checkpoint has one tensor for each expert, the module one for all: a block cannot be read alone."""
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 97,
-    }
-    experts = {
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-    }
-    model = AutoModelForCausalLM.from_config(config(**sizes, **experts))
-    directory = save(model, tmp_path)
-    opened = open_model(str(directory))
-    assert isinstance(opened.stack.store, ResidentStore)
-    torch.testing.assert_close(
-        losses_of(opened, make_batches()), whole_losses(directory, make_batches()), rtol=FP32, atol=0
-    )
 
 
 def test_names_without_the_models_prefix(tmp_path):
