@@ -43,7 +43,7 @@ def write_genai_config(merged: Path, out: Path) -> bool:
 
     The graph has inputs input_ids, attention_mask, position_ids (where it takes them) and past_key_values.N.key and
     .value, outputs logits and present.N.key and .value. False, and a message that says why, where onnxruntime-genai
-    cannot run it: caches that are not all of one shape, or no end-of-sequence token.
+    cannot run it: caches that are not all of one shape, no end-of-sequence token, or no length of the context.
     Raises ExportError where the model's configuration cannot be read.
     """
     try:
@@ -56,6 +56,9 @@ def write_genai_config(merged: Path, out: Path) -> bool:
         return False
     if generation.eos_token_id is None:
         logger.warning("No %s is written: the model has no eos_token_id, so nothing would end", GENAI_CONFIG)
+        return False
+    if getattr(config, "max_position_embeddings", None) is None:
+        logger.warning("No %s is written: the model's configuration has no max_position_embeddings", GENAI_CONFIG)
         return False
     content = {"model": _model(config, generation, decoder), "search": _search(config, generation)}
     (out / GENAI_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -177,7 +177,9 @@ def _call(
 
 
 def _tensors(block: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach() for name, t in (*block.named_parameters(), *block.named_buffers())}
+    """Parameters and buffers, under all their names."""
+    parameters = block.named_parameters(remove_duplicate=False)
+    return {name: t.detach() for name, t in (*parameters, *block.named_buffers(remove_duplicate=False))}
 
 
 def _transpose_weights(graph: ir.Graph) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Traceable:
     """What becomes a graph.
 
-    module:  its forward takes tensors and gives a tuple of tensors.
+    module:  holds the model as `model`; its forward takes tensors and gives a tuple of tensors.
     inputs, outputs:  names of these, and of their axes; a number for an axis that always has this size.
     example: tensors for `inputs` of the sizes that the axes' names are given.
     """
@@ -47,8 +47,8 @@ class Traceable:
 
 
 _PROBES: tuple[dict[str, int], dict[str, int]] = (
-    {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "encoder_sequence_length": 4, "rank": 2},
-    {"batch_size": 3, "sequence_length": 5, "past_sequence_length": 11, "encoder_sequence_length": 7, "rank": 4},
+    {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "encoder_sequence_length": 4},
+    {"batch_size": 3, "sequence_length": 5, "past_sequence_length": 11, "encoder_sequence_length": 7},
 )
 """Two sets of sizes: an axis that differs between them is dynamic."""
 
@@ -70,10 +70,8 @@ def trace(traceable: Traceable, opset: int) -> ir.Model:
     model = torch_export(around, arguments[0], dynamic_axes(*arguments), opset)
     traces = {}
     for number in dict.fromkeys(blocks):
-        block, inputs = (
-            _Block(module.get_submodule(names[number]), probes[0][number]),
-            [p[number].inputs for p in probes],
-        )
+        block = _Block(module.get_submodule(names[number]), probes[0][number])
+        inputs = [calls[number].inputs for calls in probes]
         traces[number] = torch_export(block, inputs[0], dynamic_axes(*inputs), opset)
     if blocks:
         logger.info("Traced %d of %d blocks; the others differ in nothing but weights", len(traces), len(blocks))
