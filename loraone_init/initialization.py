@@ -25,7 +25,7 @@ from .monitor import Monitor
 from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
 from .quantized import computed_dtype, differentiable, quantization_method
 from .ranks import Alone, Piece, Ranks, share_of
-from .room import find_room
+from .room import Room, find_room
 from .seq2seq import Seq2SeqLM
 from .svd import TruncatedSVD, layer_generator, truncated_svd
 from .targets import is_conv1d, layer_shape, select_targets
@@ -65,15 +65,11 @@ def initialize(
     config = config or InitConfig()
     monitor = monitor or Monitor()
     ranks = ranks or Alone()
-    opened = model if isinstance(model, OpenModel) else open_module(model, config.block_path)
-    if config.block_path not in (None, opened.block_path):
-        raise ConfigError(f"the model was opened with block path {opened.block_path!r}, not {config.block_path!r}")
-    sample = _describe(batches)
+    opened = _opened(model, config)
     rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
     check_rank(targets, config.rank)
-    by_parameter = renamed_targets(opened.module, targets)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
@@ -82,13 +78,7 @@ def initialize(
     mine = share_of(rows, ranks.rank, ranks.size, by_row)
     own = [piece.batch for piece in mine]
     room = find_room(opened, targets, own, max_memory)
-    with (
-        _frozen(opened.module),
-        differentiable(opened.module),
-        experts_as_layers(opened.module, targets),
-        keeping(room.device_bytes, room.host_bytes) as keeper,
-        opened.stack.kept_by(keeper),
-    ):
+    with _ready(opened, targets, room):
         losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, room.activations, ranks)
         pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
         with monitor.timed("evaluate"):
@@ -110,20 +100,45 @@ def initialize(
         config=replace(config, block_path=opened.block_path),
         layers={name: layers[name] for name in targets},
         loss=report,
-        base={
-            "name": opened.name,
-            "revision": opened.revision,
-            "fingerprint": opened.fingerprint,
-            "dtype": computed_dtype(opened.module, targets),
-            "quantization": quantization_method(opened.module),
-        },
-        sample=sample,
+        base=_base(opened, targets),
+        sample=_describe(batches),
         task_type=NAMES[opened.task].peft if loss is None else None,
         saved=saved_tensors(opened.module, saved),
         fan_in_fan_out=any(map(is_conv1d, targets.values())),
         experts=expert_stacks(targets),
-        by_parameter=by_parameter,
+        by_parameter=renamed_targets(opened.module, targets),
     )
+
+
+def _opened(model: OpenModel | nn.Module, config: InitConfig) -> OpenModel:
+    opened = model if isinstance(model, OpenModel) else open_module(model, config.block_path)
+    if config.block_path not in (None, opened.block_path):
+        raise ConfigError(f"the model was opened with block path {opened.block_path!r}, not {config.block_path!r}")
+    return opened
+
+
+@contextmanager
+def _ready(opened: OpenModel, targets: Mapping[str, nn.Module], room: Room) -> Iterator[None]:
+    """Inside, the model can be differentiated by layers, and what does not fit on the device is kept elsewhere."""
+    with (
+        _frozen(opened.module),
+        differentiable(opened.module),
+        experts_as_layers(opened.module, targets),
+        keeping(room.device_bytes, room.host_bytes) as keeper,
+        opened.stack.kept_by(keeper),
+    ):
+        yield
+
+
+def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str | None]:
+    """What the adapter records of the model it is for."""
+    return {
+        "name": opened.name,
+        "revision": opened.revision,
+        "fingerprint": opened.fingerprint,
+        "dtype": computed_dtype(opened.module, targets),
+        "quantization": quantization_method(opened.module),
+    }
 
 
 def _initialize_layers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -12,9 +11,11 @@ from torch import nn
 
 from .blocks import describe_module_lists, find_blocks
 from .checkpoint import Checkpoint, declared_dtypes
+from .devices import select_device
 from .errors import ConfigError, ModelError, describe
-from .heads import draw_modules, fit_labels, labels_and_head, lacking_modules, settle_padding, without_head
+from .heads import draw_modules, fit_labels, labels_and_head, lacking_modules, settle_padding
 from .labels import Labels, LabelSource
+from .loading import UNREADABLE, load_rest, load_whole, resolve_ties
 from .placement import Choice, Place, Placement, check_placement, choose
 from .quantized import check_dtype, prepare_quantized, quantization_method
 from .sources import LocalModel, resolve_model
@@ -22,14 +23,12 @@ from .stores import DiskStore, HostStore, ResidentStore, WeightReader, WeightSto
 from .stores.opening import find_reader, move_present
 from .streaming import BlockStack
 from .tasks import NAMES, Task, auto_class, check_architecture, check_task, task_of_module
+from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-_UNREADABLE = (OSError, ValueError, LookupError, ImportError)
-"""What transformers raises where a directory is not as it should be."""
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
@@ -131,21 +130,6 @@ def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
     )
 
 
-def select_device(device: str) -> torch.device:
-    """The torch device for an option's value, checked to be there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ConfigError(f"device {device!r} cannot be used here: {reason}; use auto, cpu, cuda or cuda:1") from error
-    if place.type == "meta":
-        raise ConfigError("device 'meta' holds no numbers; use auto, cpu or cuda")
-    return place
-
-
 @dataclass(frozen=True)
 class _Wanted:
     """The options of `open_model` that say how."""
@@ -174,7 +158,7 @@ def _load(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> tuple[
     obstacle: str | None = f"it is quantized with {method}" if method else "the model has code of its own"
     reader: WeightReader | None = None
     if not method and not wanted.trust_remote_code:
-        reader, obstacle = find_reader(model, checkpoint, blocks, _resolve_ties)
+        reader, obstacle = find_reader(model, checkpoint, blocks, resolve_ties)
     choice = choose(wanted.placement, model, blocks, device, wanted.max_memory, obstacle)
     if method:
         choice = Choice("device", f"{obstacle}, so blocks cannot be moved one by one")
@@ -185,7 +169,7 @@ def _load(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> tuple[
     logger.log(logging.WARNING if obstacle else logging.INFO, "Placement: %s (%s)", choice.place, choice.why)
     if reader is None:
         return (*_load_unread(source, model, blocks, choice.place, wanted), choice.place)
-    _load_rest(model, [] if choice.place == "device" else blocks, reader, device)
+    load_rest(model, [] if choice.place == "device" else blocks, reader, device)
     store: WeightStore = ResidentStore()
     if choice.place != "device":
         kind = HostStore if choice.place == "host" else DiskStore
@@ -200,10 +184,10 @@ def _load_unread(
     method = quantization_method(model)
     if method:
         computed = model.dtype
-        model = _load_whole(source, model, wanted, quantized=True)
+        model = load_whole(source, model, wanted.task, wanted.trust_remote_code, wanted.device)
         prepare_quantized(model, source.name, computed)
         return model, BlockStack(model, blocks, ResidentStore())
-    model = _load_whole(source, model, wanted)
+    model = load_whole(source, model, wanted.task, wanted.trust_remote_code)
     store: WeightStore = HostStore(model, blocks, wanted.device) if place == "host" else ResidentStore()
     move_present(model, wanted.device)
     return model, BlockStack(model, blocks, store)
@@ -230,7 +214,7 @@ def _skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: _Wanted) -> Pr
         model = _from_config(config, wanted)
         if wanted.task == "sequence-classification" and fit_labels(model, wanted.labels, checkpoint.names):
             model = _from_config(model.config, wanted)
-    except (*_UNREADABLE, AttributeError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+    except (*UNREADABLE, AttributeError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
         message = describe(error).partition(" Model type should be one of ")[0][:250]  # a list of all there are follows
         raise ModelError(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}: {message}{hint}") from error
@@ -249,110 +233,3 @@ def _from_config(config: Any, wanted: _Wanted) -> PreTrainedModel:
             config, dtype=dtype, trust_remote_code=wanted.trust_remote_code
         )
     return model
-
-
-def _load_whole(
-    source: LocalModel, skeleton: PreTrainedModel, wanted: _Wanted, *, quantized: bool = False
-) -> PreTrainedModel:
-    """quantized: straight to its device, since not all of such weights are moved like others."""
-    model: PreTrainedModel
-    try:
-        model, loading = auto_class(wanted.task).from_pretrained(
-            source.directory,
-            config=skeleton.config,
-            dtype=skeleton.dtype,
-            trust_remote_code=wanted.trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are told below, in one line
-            output_loading_info=True,
-            device_map={"": wanted.device} if quantized else None,
-        )
-    except _UNREADABLE as error:
-        raise ModelError(f"{source.name} cannot be loaded: {describe(error)[:250]}") from error
-    except RuntimeError as error:
-        if "conversion of the weights" not in str(error):  # such as out of memory
-            raise
-        raise ModelError(
-            f"{source.name} cannot be loaded: some of its tensors are missing or have another shape (--verbose shows"
-            " them); does config.json belong to these weights?"
-        ) from error
-    if loading["mismatched_keys"]:
-        name, got, expected = min(loading["mismatched_keys"])
-        raise ModelError(
-            f"tensor {name} of {source.name} has shape {tuple(got)}, the model expects {tuple(expected)}; does"
-            " config.json belong to these weights?"
-        )
-    _check_missing(model, sorted(loading["missing_keys"]))
-    return model.eval().requires_grad_(False)
-
-
-def _load_rest(model: PreTrainedModel, blocks: list[str], reader: WeightReader, device: torch.device) -> None:
-    """Read everything outside of `blocks`, alias what is tied, compute the buffers that no checkpoint holds."""
-    names = reader.names
-    tied = _resolve_ties(model, names)
-    ignored = model._keys_to_ignore_on_load_missing or ()
-    missing = [
-        name
-        for name in model.state_dict()
-        if name not in names and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
-    ]
-    _check_missing(model, missing)
-    _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
-    prefixes = tuple(f"{block}." for block in blocks)
-    reader.load([name for name in names if not name.startswith(prefixes)], device)
-    for target, source in tied.items():
-        path, _, leaf = target.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
-
-
-def _check_missing(model: PreTrainedModel, missing: list[str]) -> None:
-    missing = without_head(model, missing)
-    if missing:
-        raise ModelError(
-            f"the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]}; is it the"
-            " whole model, with its head?"
-        )
-
-
-def _resolve_ties(model: PreTrainedModel, names: set[str]) -> dict[str, str]:
-    """{tensor that the checkpoint lacks: the one it is tied to}. Where the checkpoint has both, both are read."""
-    pairs: dict[str, str] = model.all_tied_weights_keys
-    forward = {target: source for target, source in pairs.items() if target not in names and source in names}
-    backward = {source: target for target, source in pairs.items() if source not in names and target in names}
-    return forward | backward
-
-
-def _compute_buffers(model: PreTrainedModel, names: set[str], device: torch.device) -> None:
-    """Buffers that are computed, not stored (rotary frequencies): by the model's own `_init_weights`.
-
-    It initialises a module's weights as well, so it has to run while those are on the meta device.
-    """
-    from transformers import PreTrainedModel
-
-    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    for path, module in model.named_modules():
-        computed = [leaf for leaf in module._buffers if f"{path}.{leaf}".lstrip(".") not in names]
-        computed = [leaf for leaf in computed if module._buffers[leaf] is not None]
-        for leaf in computed:
-            module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device=device)
-        if computed:
-            owner = max((name for name in owners if path == name or path.startswith(f"{name}.") or not name), key=len)
-            with torch.no_grad():
-                owners[owner]._init_weights(module)
-
-
-def load_tokenizer(source: LocalModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; None where there is none that can be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.directory, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # the class that the library tokenizers raises
-        logger.debug("%s has no tokenizer that can be read: %s", source.name, describe(error))
-        return None
-    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # made from nothing, as transformers does for some models
-        logger.debug("%s has no vocabulary for its %s", source.name, type(tokenizer).__name__)
-        return None
-    return tokenizer

@@ -82,8 +82,8 @@ def _run(
     from .adapter import Adapter
     from .adapter_files import check_output, is_single_file
     from .errors import ConfigError, OutputError
-    from .models import load_tokenizer
     from .sources import resolve_model
+    from .tokenizer import load_tokenizer
 
     is_main = os.environ.get("RANK", "0") == "0"
     if is_single_file(output):
