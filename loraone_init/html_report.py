@@ -93,8 +93,14 @@ def _of_stack(stack: str, facts: list[LayerFacts]) -> str:
         for kind, layers in kinds.items()
     ]
     norms = [
-        Series(names[kind], [(fact.place.depth or 0, fact.report.gradient_norm) for fact in layers])
-        for kind, layers in kinds.items()
+        Series(
+            names[kind],
+            [
+                (depth, median(fact.report.gradient_norm for fact in layers))
+                for (_, depth), layers in by_depth(of_kind).items()
+            ],
+        )
+        for kind, of_kind in kinds.items()
     ]
     heading = escape(stack or "outside of the blocks")
     figures = [
@@ -121,16 +127,16 @@ def _energy_map(facts: list[LayerFacts]) -> str:
 
 
 def _depth_map(facts: Sequence[LayerFacts], values: Mapping[str, float], low: float, high: float, told: str) -> str:
-    """A heat map over layer type × depth of values by layer name."""
+    """A heat map over layer type × depth of values by layer name; of a block's experts, the least."""
     shown = [fact for fact in facts if fact.name in values]
     kinds = list(dict.fromkeys(fact.place.kind for fact in shown))
     depths = sorted({fact.place.depth for fact in shown if fact.place.depth is not None}) or [0]
-    cells = {
-        (kinds.index(fact.place.kind), depths.index(fact.place.depth or depths[0])): Cell(
-            values[fact.name], f"{fact.name}: {told.format(values[fact.name])}"
-        )
-        for fact in shown
-    }
+    cells: dict[tuple[int, int], Cell] = {}
+    for fact in shown:
+        place = kinds.index(fact.place.kind), depths.index(fact.place.depth or depths[0])
+        value = values[fact.name]
+        if place not in cells or value < cells[place].value:
+            cells[place] = Cell(value, f"{fact.name}: {told.format(value)}")
     names = short_kinds(kinds)
     return heat_map([names[kind] for kind in kinds], [str(depth) for depth in depths], cells, low, high)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_FIRST_NUMBER = re.compile(r"(?P<stack>.*?)\.(?P<depth>\d+)\.(?P<kind>.+)")
+_FIRST_NUMBER = re.compile(r"(?P<stack>.*?)\.(?P<depth>\d+)\.(?P<kind>.+?)(?P<expert>\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Place:
     """stack: the list of blocks, such as "model.layers"; "" for a layer outside of all.
 
     depth: the block's number in it; None outside.
-    kind:  the rest of the name, equal for corresponding layers of all blocks: "self_attn.q_proj".
+    kind:  the rest of the name, equal for corresponding layers of all blocks: "self_attn.q_proj"; without an expert's
+           number at the end.
     """
 
     stack: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     rooms = [_available(), *_group_rooms()]
-    return min((room for room in rooms if room is not None), default=None)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine: each gets its share
+    return min((room // processes for room in rooms if room is not None), default=None)
 
 
 def _available(meminfo: Path = Path("/proc/meminfo")) -> int | None:

@@ -38,6 +38,7 @@ def with_pair(adapter: Adapter, name: str, pair: LoraPair) -> Adapter:
         ("model.layers.3.self_attn.q_proj", Place("model.layers", 3, "self_attn.q_proj")),
         ("transformer.h.11.attn.c_attn", Place("transformer.h", 11, "attn.c_attn")),
         ("decoder.block.2.layer.1.EncDecAttention.k", Place("decoder.block", 2, "layer.1.EncDecAttention.k")),
+        ("model.layers.0.mlp.experts.down_proj.5", Place("model.layers", 0, "mlp.experts.down_proj")),
         ("model.decoder.project_in", Place("", None, "model.decoder.project_in")),
     ],
 )
