@@ -34,7 +34,9 @@ class PreconditionedAdamW(torch.optim.AdamW):
     pairs:          a PEFT model; an Adapter, whose own tensors are trained; LoraPairs by layer name; or FactorPairs.
                     They are fixed from then on.
     preconditioner: kind and damping. By default what the Adapter records, if `pairs` is one, else
-                    DEFAULT_PRECONDITIONER. For a PEFT model: `Adapter.load("adapters").preconditioner`.
+                    DEFAULT_PRECONDITIONER: scale-free, δ = 0.1, since in the absolute form the effective step collapses
+                    as the factors grow (see `preconditioning`; benchmarks/damping.py has the measurement). For a PEFT
+                    model: `Adapter.load("adapters").preconditioner`.
     damping:        λ (or δ) in place of the preconditioner's.
 
     Maths in fp32 at least. `.grad` holds the same after a step as before it. The host waits for the device once a step,
