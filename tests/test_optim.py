@@ -155,7 +155,8 @@ def test_grad_scaler(options):
 
 def test_bf16_parameters_with_maths_in_fp32():
     model = peft_model(torch.bfloat16)
-    optimizer = PreconditionedAdamW(model.parameters(), model, lr=0.0, weight_decay=0.0)
+    preconditioner = Preconditioner("absolute", 1e-6)
+    optimizer = PreconditionedAdamW(model.parameters(), model, lr=0.0, weight_decay=0.0, preconditioner=preconditioner)
     loss_of(model).backward()
     optimizer.step()
     for pair in optimizer.pairs:
@@ -229,7 +230,8 @@ def test_a_factor_without_gradient_is_left_out():
     model = peft_model()
     for name, parameter in trained(model).items():
         parameter.requires_grad_("lora_B" in name)
-    optimizer = PreconditionedAdamW(trained(model).values(), model, lr=0.1)
+    preconditioner = Preconditioner("absolute", 1e-6)
+    optimizer = PreconditionedAdamW(trained(model).values(), model, lr=0.1, preconditioner=preconditioner)
     before = {pair.name: pair.A.detach().clone() for pair in optimizer.pairs}
     loss_of(model).backward()
     optimizer.step()
