@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,8 @@ def main(verbose: bool, quiet: bool, **options: Any) -> None:
     """
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    if "LOCAL_RANK" in os.environ:  # torchrun: else torch adds a trace of its own to the line on a lost rank
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from .ranks import joined
 
     with one_line_errors(verbose), joined(options["device"], verbose) as ranks:

@@ -223,14 +223,24 @@ def initialised(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.Temp
     return file
 
 
-@pytest.fixture
-def command() -> Iterator[Command]:
-    """Runs `loraone-init` with some arguments, in this process."""
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands that are run in this process, by fixtures of a wider scope too, change how messages are logged."""
+    _reset_logging()
+    yield
+    _reset_logging()
+
+
+def _reset_logging() -> None:
     logger = logging.getLogger("loraone_init")
-    handlers, propagate, level = logger.handlers, logger.propagate, logger.level
-    yield lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
-    logger.handlers, logger.propagate = handlers, propagate
-    logger.setLevel(level)
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def command() -> Command:
+    """Runs `loraone-init` with some arguments, in this process."""
+    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def content(directory: Path) -> dict[str, bytes | None]:
