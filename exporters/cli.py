@@ -100,16 +100,14 @@ def target(
                 facts = run(Export(base, lora, output, overwrite), **options)
                 _print(output, facts, as_json, quiet)
 
-        for option in _shared_options(output_help):
-            command = option(command)
-        return main.command(name, cls=Command, context_settings=CONTEXT)(command)
+        return main.command(name, cls=Command, context_settings=CONTEXT)(_shared_options(command, output_help))
 
     return decorate
 
 
-def _shared_options(output_help: str) -> list[Callable[..., Any]]:
+def _shared_options(command: Callable[..., None], output_help: str) -> Callable[..., None]:
     """Last first, as decorators are applied; a target's own options come before them in the help."""
-    return [
+    for option in (
         click.option("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks."),
         click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only."),
         click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output."),
@@ -119,7 +117,9 @@ def _shared_options(output_help: str) -> list[Callable[..., Any]]:
         click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=output_help),
         click.argument("adapter", type=click.Path(path_type=Path)),
         click.argument("model"),
-    ]
+    ):
+        command = option(command)
+    return command
 
 
 def _check_directory(output: Path, overwrite: bool) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from loraone_init.adapter import FORMAT_VERSION
-from loraone_init.adapter_files import CONFIG, PREFIX, WEIGHTS
+from loraone_init.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from loraone_init.errors import AdapterError
 from loraone_init.factors import LoraPair
 
@@ -96,12 +95,7 @@ def read_lora(path: Path) -> LoraWeights:
     if not file.is_file():
         expected = f"a .safetensors file of loraone-init, or a directory with {WEIGHTS} and {CONFIG}"
         raise AdapterError(f"there is no adapter {file}; give {expected}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} is no safetensors file: {error}") from error
+    metadata, tensors = read_tensors(file)
     try:
         config, record = _read_config(path, metadata)
         pairs, replacements = _sort_tensors(tensors)

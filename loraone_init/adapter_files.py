@@ -84,17 +84,22 @@ def load_adapter(path: Path) -> Adapter:
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise AdapterError(f"there is no adapter {file}")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file} is no safetensors file: {error}") from error
+    metadata, tensors = read_tensors(file)
     try:
         saved = _take_saved(tensors, modules_to_save(metadata))
         return parse_metadata(_pair_up(tensors), metadata, saved)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
+
+
+def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """(header metadata, all tensors). Raises AdapterError where it is no safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return opened.metadata() or {}, tensors
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is no safetensors file: {error}") from error
 
 
 def tensor_names(module: str) -> tuple[str, str]:
