@@ -284,10 +284,17 @@ def cpu_table() -> str:
     return "\n".join([*lines, "", f"The matrix rate is {rate:.0f} GFLOP/s, of fp32 products of 2048³ on two threads."])
 
 
+def scale_table() -> str:
+    """Memory and time over depth and rows, as benchmarks/scale.py found them."""
+    from scale import markdown
+
+    return markdown(json.loads((HERE / "results" / "scale.json").read_text()))
+
+
 def tables() -> dict[str, str]:
     """What stands between the marks of docs/scaling.md."""
     machine, _ = machine_for_predictions()
-    return {"cpu": cpu_table(), "predictions": predictions_table(machine)}
+    return {"cpu": cpu_table(), "scale": scale_table(), "predictions": predictions_table(machine)}
 
 
 def filled_in(text: str) -> str:

@@ -1,0 +1,1 @@
+"""What benchmarks/finetune.py compares: problems, methods, runs, and the report of them."""

@@ -1,0 +1,33 @@
+"""Finished runs as JSON lines: appended one by one, read back when the benchmark is started again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from .presets import ProblemName, Settings
+from .runs import Record
+
+
+def read_records(path: Path, settings: dict[ProblemName, Settings]) -> list[Record]:
+    """Those of the same settings. A line cut short, by a kill while it was written, is not a run."""
+    if not path.exists():
+        return []
+    expected = {name: json.loads(json.dumps(asdict(chosen))) for name, chosen in settings.items()}
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["settings"] == expected.get(record["problem"]):
+            records.append(record)
+    return records
+
+
+def append_record(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut_short = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * cut_short + json.dumps(record) + "\n")
