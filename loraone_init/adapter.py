@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from .config import InitConfig
+from .config import AUTO, InitConfig
 from .errors import AdapterError, ConfigError
 from .expert_layout import ExpertStack, expert_names, split_experts, stack_experts
 from .factors import LoraPair
 from .preconditioning import Kind, check_damping
+from .step_length import Curve
 from .version import __version__
 
 FORMAT_VERSION = "1"
@@ -48,10 +49,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LossReport:
-    """Mean loss over all label tokens: of the whole sample, and before and after the step on some of its rows.
+    """Mean loss over all label tokens: of the whole sample, and on some rows before and after the step.
 
+    rows, held_out:  how many rows; whether they are held out of the gradient, else they are some of the sample's.
     after:           None where it is not a finite number: the step is far too long.
     suggested_gamma: where the step raises the loss, a γ that was seen to lower it, and the loss with it.
+    curve:           of a γ that was searched for: all that were tried, ascending, with the loss on these rows, None
+                     where it is not finite. The lowest is `after`.
     """
 
     sample: float
@@ -60,6 +64,8 @@ class LossReport:
     after: float | None
     suggested_gamma: float | None = None
     suggested_loss: float | None = None
+    held_out: bool = False
+    curve: Curve = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,15 @@ class Adapter:
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     experts: Mapping[str, ExpertStack] = field(default_factory=dict)
     by_parameter: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.config.gamma == AUTO:
+            raise ConfigError(f"gamma of an adapter is a number, got {AUTO!r}")
+
+    @property
+    def gamma(self) -> float:
+        """γ of these factors."""
+        return float(self.config.gamma)
 
     @property
     def num_parameters(self) -> int:
@@ -221,7 +236,7 @@ def parse_metadata(
                 name: LayerReport(**{key: _tuples(value) for key, value in layer.items()})
                 for name, layer in record["layers"].items()
             },
-            loss=LossReport(**record["loss"]),
+            loss=LossReport(**{key: _tuples(value) for key, value in record["loss"].items()}),
             base=record["base"],
             sample=record["sample"],
             task_type=peft["task_type"],
@@ -238,4 +253,4 @@ def parse_metadata(
 
 def _tuples(value: Any) -> Any:
     """JSON has lists where the records have tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .cli_support import CONTEXT, Command, one_line_errors, parse_modules, row_options, source_options, start_logging
+from .cli_support import (
+    CONTEXT,
+    Command,
+    OrAuto,
+    one_line_errors,
+    parse_modules,
+    row_options,
+    source_options,
+    start_logging,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -38,7 +47,14 @@ if TYPE_CHECKING:
 )
 @click.option("-r", "--rank", default=8, type=click.IntRange(min=1), help="Columns of B and rows of A.")
 @click.option("--alpha", default=16.0, help="LoRA's α.")
-@click.option("--gamma", default=128.0, help="γ: the step's largest singular value is s/γ in every layer.")
+@click.option(
+    "--gamma",
+    default=128.0,
+    type=OrAuto(click.FLOAT),
+    metavar="FLOAT|auto",
+    help="γ: the step's largest singular value is s/γ in every layer. auto: the one with the lowest loss on rows held"
+    " out.",
+)
 @click.option(
     "--scaling", default="rslora", type=click.Choice(["rslora", "lora"]), help="s = α/√r (rslora) or α/r (lora)."
 )
@@ -49,6 +65,11 @@ if TYPE_CHECKING:
 )
 @click.option("--exclude-modules", help="Names or a regular expression of layers to leave out.")
 @click.option("--samples", default=64, type=click.IntRange(min=1), help="Rows to draw from the data.")
+@click.option(
+    "--held-out",
+    type=click.IntRange(min=1),
+    help="Rows to draw beside these, for losses on rows not in the gradient.  [default: 16 with --gamma auto]",
+)
 @click.option("--max-length", default=1024, type=click.IntRange(min=2), help="Tokens kept of a row.")
 @click.option("--batch-size", default=8, type=click.IntRange(min=1), help="Rows that pass a block together, at most.")
 @click.option(
@@ -159,7 +180,7 @@ def _run(
     summary = summarize(adapter, output, monitor, processes)
     if not quiet or as_json:
         print_summary(summary, as_json)
-    warn_if_worse(adapter.loss, adapter.config.gamma)
+    warn_if_worse(adapter.loss, adapter.gamma)
 
 
 def _open(ranks: Ranks, model: str, max_memory: int | None, options: dict[str, Any], labels: LabelSource) -> OpenModel:
@@ -206,6 +227,7 @@ def _init_config(options: dict[str, Any]) -> InitConfig:
 def _data_options(options: dict[str, Any]) -> DataOptions:
     from .data import DataOptions
     from .formats import parse_columns
+    from .held_out import HELD_OUT
 
     return DataOptions(
         samples=options["samples"],
@@ -218,4 +240,5 @@ def _data_options(options: dict[str, Any]) -> DataOptions:
         assistant_only=options["assistant_only"],
         seed=options["seed"],
         task=options["task"],
+        held_out=options["held_out"] or (HELD_OUT if options["gamma"] == "auto" else 0),
     )

@@ -12,11 +12,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from .errors import LoraOneError, is_out_of_memory
+
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # not generic before click 8.2
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -33,6 +38,17 @@ class Command(click.Command):
         if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
             sys.stdout.reconfigure(errors="replace")
         return super().parse_args(ctx, args)
+
+
+class OrAuto(_ParamType):
+    """A number, or the word auto."""
+
+    def __init__(self, number: _ParamType) -> None:
+        self._number = number
+        self.name = f"{number.name} or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else self._number.convert(value, param, ctx)
 
 
 def row_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -10,8 +10,16 @@ from .errors import ConfigError
 
 Scaling = Literal["rslora", "lora"]
 
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+"""In the place of a number that is found by measurement."""
+
 ALL_LINEAR = "all-linear"
 """The `target_modules` value that takes every linear layer but the output embedding, as in PEFT."""
+
+
+PUBLISHED_GAMMA = 128.0
+"""γ of the paper's experiments with Llama-2-7B."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,8 @@ class InitConfig:
 
     rank:            r, the columns of B and rows of A.
     alpha:           α of LoRA.
-    gamma:           γ; the step's largest singular value is s/γ in every layer.
+    gamma:           γ; the step's largest singular value is s/γ in every layer. "auto": the one with the lowest loss
+                     on rows held out of the gradient, found by a line search (`step_length`); an adapter's is a number.
     scaling:         "rslora" for s = α/√r, "lora" for s = α/r.
     target_modules:  "all-linear", a regular expression that matches whole module names, or names, a list or tuple,
                      matched as PEFT does (the module's full name or its dotted ending). Kept as a tuple.
@@ -31,7 +40,7 @@ class InitConfig:
 
     rank: int = 8
     alpha: float = 16.0
-    gamma: float = 128.0
+    gamma: float | Auto = PUBLISHED_GAMMA
     scaling: Scaling = "rslora"
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     exclude_modules: str | tuple[str, ...] = ()
@@ -45,6 +54,8 @@ class InitConfig:
             raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         for name in ("alpha", "gamma"):
             value = getattr(self, name)
+            if name == "gamma" and value == AUTO:
+                continue
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
         for name in ("target_modules", "exclude_modules"):

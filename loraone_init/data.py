@@ -19,6 +19,7 @@ from .config import is_whole
 from .encoding import row_encoder
 from .errors import ConfigError, DataError
 from .formats import Format, check_columns
+from .held_out import divide_rows
 from .labels import Labels
 from .rows import Row, Rows, read_rows
 from .seq2seq_rows import source_target_encoder
@@ -43,6 +44,7 @@ class DataOptions:
     assistant_only:  mask all that the assistant did not write.
     seed:            of the draw.
     task:            of the model: what the rows are for.
+    held_out:        rows to draw after those, for losses of rows the gradient is not from; see `held_out`.
     """
 
     samples: int = 64
@@ -55,12 +57,15 @@ class DataOptions:
     assistant_only: bool = False
     seed: int = 0
     task: Task = "causal-lm"
+    held_out: int = 0
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_length", "batch_size", "batch_tokens"):
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not is_whole(self.held_out) or self.held_out < 0:
+            raise ConfigError(f"held_out must be a whole number of at least 0, got {self.held_out!r}")
         if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
         check_task(self.task)
@@ -87,6 +92,7 @@ class Sample:
     rows:             their token ids and labels.
     pad_id:           what fills up shorter rows of a micro-batch.
     labels:           of a classification.
+    held_out:         rows that the batches are not made of.
     """
 
     source: str
@@ -102,19 +108,31 @@ class Sample:
     rows: list[TokenRow] = field(repr=False)
     pad_id: int
     labels: Labels | None = None
+    held_out: list[TokenRow] = field(default_factory=list, repr=False)
 
     @cached_property
     def batches(self) -> list[Batch]:
         """Micro-batches of rows of like length, the shortest first; rows of equal length as drawn."""
-        groups = rows_of_like_length(self.rows, self.options.batch_size, self.options.batch_tokens)
-        return [collate(rows, self.pad_id) for rows in groups]
+        return self._batched(self.rows)
+
+    @cached_property
+    def held_out_batches(self) -> list[Batch]:
+        """The rows held out, likewise."""
+        return self._batched(self.held_out)
+
+    def _batched(self, rows: list[TokenRow]) -> list[Batch]:
+        if not rows:
+            return []
+        groups = rows_of_like_length(rows, self.options.batch_size, self.options.batch_tokens)
+        return [collate(group, self.pad_id) for group in groups]
 
     def facts(self) -> dict[str, Any]:
         """All but the rows: the record in the adapter's metadata."""
-        left_out = ("rows", "pad_id", "labels")
+        left_out = ("rows", "pad_id", "labels", "held_out")
         record = {key: getattr(self, key) for key in (f.name for f in fields(self)) if key not in left_out}
         labels = {} if self.labels is None else {"labels": list(self.labels.names), "problem": self.labels.problem}
-        return {**record, "options": asdict(self.options), **labels}
+        held = {"rows_held_out": len(self.held_out), "sha256_held_out": digest(self.held_out)} if self.held_out else {}
+        return {**record, "options": asdict(self.options), **labels, **held}
 
 
 def load_batches(
@@ -133,19 +151,22 @@ def load_batches(
     labels:          of a classifier (`OpenModel.labels`); None for those that the rows speak of.
 
     Rows go through in the order of a permutation seeded with options.seed until options.samples of them have a token
-    to train on; no other row is tokenised. Where there are no more rows than that, all are used, in their order.
+    to train on, then likewise until options.held_out of other content have been found; no other row is tokenised. Where
+    there are no more rows than options.samples and none is held out, all are used, in their order.
 
-    Raises DataError where the rows cannot be read, do not fit a format, or have no token to train on.
+    Raises DataError where the rows cannot be read, do not fit a format, have no token to train on, or are too few to
+    hold one out.
     """
     options = options or DataOptions()
     rows = read_rows(source, split=options.split, revision=revision, token=token)
     encoder = _encoder(rows, tokenizer, options, labels)
-    used, num_dropped = _draw(rows, encoder, options.samples, options.seed)
+    used, held_out, num_dropped = _draw(rows, encoder, options)
     if not used:
         raise DataError(
             f"{source!r} has no trainable tokens in the first {options.max_length} tokens of its {len(rows)} rows; "
             "raise --max-length, or train on --all-tokens"
         )
+    used, held_out = divide_rows(used, held_out, options.held_out, source)
     return Sample(
         source=source,
         format=encoder.format,
@@ -160,6 +181,7 @@ def load_batches(
         rows=used,
         pad_id=_pad_id(tokenizer),
         labels=encoder.labels if isinstance(encoder, ClassificationEncoder) else None,
+        held_out=held_out,
     )
 
 
@@ -196,25 +218,30 @@ def digest(rows: Sequence[TokenRow]) -> str:
     return state.hexdigest()
 
 
-def _draw(rows: Rows, encoder: _Encoder, samples: int, seed: int) -> tuple[list[TokenRow], int]:
-    """The rows used, and how many were dropped before there were enough."""
+def _draw(rows: Rows, encoder: _Encoder, options: DataOptions) -> tuple[list[TokenRow], list[TokenRow], int]:
+    """The rows used, those of other content after them, and how many were dropped before there were enough."""
     used: list[TokenRow] = []
+    beyond: list[TokenRow] = []
+    contents: set[bytes] = set()
     num_dropped = 0
-    for index in _order(len(rows), samples, seed):
+    for index in _order(len(rows), options):
         row = encoder.encode(rows[index], index + 1)
-        if row.num_targets:
-            used.append(row)
-        else:
+        if not row.num_targets:
             num_dropped += 1
-        if len(used) == samples:
+        elif len(used) < options.samples:
+            used.append(row)
+            contents.add(row.to_bytes())
+        elif row.to_bytes() not in contents:
+            beyond.append(row)
+        if len(used) == options.samples and len(beyond) == options.held_out:
             break
-    return used, num_dropped
+    return used, beyond, num_dropped
 
 
-def _order(available: int, samples: int, seed: int) -> list[int]:
-    if available <= samples:
+def _order(available: int, options: DataOptions) -> list[int]:
+    if available <= options.samples and not options.held_out:
         return list(range(available))
-    order: list[int] = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
+    order: list[int] = torch.randperm(available, generator=torch.Generator().manual_seed(options.seed)).tolist()
     return order
 
 

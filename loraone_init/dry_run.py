@@ -16,6 +16,7 @@ from torch import nn
 from .config import InitConfig
 from .data import Sample
 from .estimate import estimate_memory, estimate_seconds
+from .evaluation import expected_passes
 from .experts import ExpertLinear
 from .initialization import check_rank
 from .memory import describe_size, used_memory
@@ -32,17 +33,20 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
     memory = estimate_memory(opened, targets, sample.batches)
     program = used_memory(opened.device)
+    held_out = len(sample.held_out)
+    evaluated = held_out * expected_passes(config.gamma, held_out=True) if held_out else None
     return {
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
         "rank": config.rank,
+        "gamma": config.gamma,
         "parameters": sum(config.rank * sum(layer_shape(module)) for module in targets.values()),
         "sample": sample.facts(),
         "device": str(opened.device),
         "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
         "placement": opened.placement,
         "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
-        "seconds": round(estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens), 1),
+        "seconds": round(estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated), 1),
     }
 
 

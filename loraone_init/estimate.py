@@ -92,9 +92,16 @@ def num_tokens(opened: OpenModel, batch: Mapping[str, torch.Tensor]) -> dict[str
 
 
 def estimate_seconds(
-    opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], num_label_tokens: int
+    opened: OpenModel,
+    targets: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    num_label_tokens: int,
+    evaluated: int | None = None,
 ) -> float:
-    """After the model is open; by the floating-point operations of all products, and the machine's rate for one."""
+    """After the model is open; by the floating-point operations of all products, and the machine's rate for one.
+
+    evaluated: rows that go through the model after the gradient, in all passes; None: some of the batches' once.
+    """
     tokens = {name: sum(num_tokens(opened, batch)[name] for batch in batches) for name in opened.stack.names}
     rows: int = sum(len(batch["input_ids"]) for batch in batches)
     linear = [name for name, module in opened.module.named_modules() if is_linear(module)]
@@ -110,9 +117,9 @@ def estimate_seconds(
     head = 4.0 * num_label_tokens * sum(_num_weights(opened.module.get_submodule(n)) for n in {*linear} - {*inside})
     adapted = sum(_num_weights(module) for module in targets.values())
     svd = 4.0 * _SVD_VECTORS * _SVD_ITERATIONS * adapted
-    evaluated = num_evaluated(rows) / rows
+    share = (num_evaluated(rows) if evaluated is None else evaluated) / rows
     gradients = sum(products for name, products in products_of.items() if name in targets or name.endswith(" experts"))
-    products = (2 + evaluated) * forward + forward + gradients + head
+    products = (2 + share) * forward + forward + gradients + head
     return (products / _EFFICIENCY + svd / _SVD_EFFICIENCY) / matrix_rate(opened.device)
 
 

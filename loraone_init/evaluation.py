@@ -1,4 +1,4 @@
-"""The loss before and after the step, on some of the rows."""
+"""The loss before and after the step, on rows held out of the gradient or else on some of its own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ import torch
 from torch import nn
 
 from .adapter import LossReport
+from .config import AUTO, Auto, InitConfig
+from .errors import DataError, NumericalError
 from .factors import LoraPair
 from .gradients import check_losses, stream_losses, sum_losses
+from .monitor import Monitor
 from .objective import Objective, RowLosses
-from .ranks import Alone, Ranks, share_of
+from .ranks import Ranks, share_of
+from .step_length import USUAL_PASSES, Trials, find_gamma, finite, first_lower
 from .streaming import BlockStack
 
 
@@ -24,75 +28,123 @@ def num_evaluated(num_rows: int) -> int:
     return max(1, min(num_rows // 4, max(8, num_rows // 8)))
 
 
-MAX_DOUBLINGS = 10
-"""How often γ is doubled in search of a step that lowers the loss: up to 1024 times as short a step."""
-
-
 @contextmanager
-def applied(pairs: Mapping[str, LoraPair], targets: Mapping[str, nn.Module], scale: float) -> Iterator[None]:
-    """Inside, each target layer answers y + scale·B·(A·x): the adapter without changing a weight."""
+def applied(
+    pairs: Mapping[str, LoraPair], targets: Mapping[str, nn.Module], scale: float, gamma: float = 1.0
+) -> Iterator[None]:
+    """Inside, each target layer answers y + scale/gamma·B·(A·x): the adapter without changing a weight.
+
+    gamma: where the pairs are those for γ = 1; both factors are then multiplied by γ^(−1/2), as the adapter's will be.
+    """
     with ExitStack() as stack:
         for name, pair in pairs.items():
-            hook = targets[name].register_forward_hook(partial(_add_update, pair, scale), with_kwargs=True)
+            hook = targets[name].register_forward_hook(partial(_add_update, pair, scale, gamma), with_kwargs=True)
             stack.callback(hook.remove)
         yield
 
 
 def _add_update(
-    pair: LoraPair, scale: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    pair: LoraPair,
+    scale: float,
+    gamma: float,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: torch.Tensor,
 ) -> torch.Tensor:
     x = args[0] if args else next(iter(kwargs.values()))
-    A, B = pair.A.to(x), pair.B.to(x)
+    A, B = ((factor * gamma**-0.5).to(x) for factor in (pair.A, pair.B))
     updated: torch.Tensor = output + scale * (x @ A.T @ B.T)
     return updated
 
 
+class Forwards:
+    """Plain forward passes through the blocks, shared by all ranks, which all get the same losses.
+
+    by_row: whether ranks may divide a batch between them. expected: passes that the progress bar counts on.
+    """
+
+    expected = 1
+
+    def __init__(self, stack: BlockStack, objective: Objective, monitor: Monitor, ranks: Ranks, by_row: bool) -> None:
+        self._stack = stack
+        self._objective = objective
+        self._monitor = monitor
+        self._ranks = ranks
+        self._by_row = by_row
+        self._done = 0
+
+    def mean_loss(self, batches: Sequence[Any]) -> tuple[float, int]:
+        """(mean over all terms, number of rows that have any); the mean of none is not a number."""
+        mine = [piece.batch for piece in share_of(batches, self._ranks.rank, self._ranks.size, self._by_row)]
+        losses = stream_losses(self._stack, self._objective, mine, self._on_step)
+        self._done += 1
+        own = (*sum_losses(losses), sum(int((rows.counts > 0).sum()) for rows in losses))
+        totals, counts, num_rows = map(sum, zip(*self._ranks.gather(own), strict=True))
+        return totals / counts if counts else math.nan, int(num_rows)
+
+    def _on_step(self, done: int, total: int) -> None:
+        self._monitor.step("evaluate", self._done * total + done, max(self.expected, self._done + 1) * total)
+
+
+def expected_passes(gamma: float | Auto, held_out: bool) -> int:
+    """How many forward passes `evaluate_step` takes as a rule."""
+    return USUAL_PASSES if gamma == AUTO else 2 if held_out else 1
+
+
 def evaluate_step(
-    stack: BlockStack,
-    objective: Objective,
+    forwards: Forwards,
     batches: Sequence[Any],
     losses: Sequence[RowLosses],
+    held_out: Sequence[Any],
     pairs: Mapping[str, LoraPair],
     targets: Mapping[str, nn.Module],
-    scale: float,
-    gamma: float,
-    seed: int,
-    ranks: Ranks | None = None,
-    by_row: bool = False,
-) -> LossReport:
-    """Mean loss of W and of W + scale·B·A on some of the rows, drawn from `seed`.
+    config: InitConfig,
+) -> tuple[float, LossReport]:
+    """γ, and the mean losses of W and of W + (s/γ)·B·A: on the batches held out if there are any, else on some rows.
 
-    ranks:  the processes that share the work, one by default; all give the same report.
-    by_row: whether they may divide a batch between them.
+    batches, losses: those of the gradient, and their losses before the step.
+    pairs: factors for γ = 1.
 
-    If the step raises it, γ is doubled until one is found that lowers it: a step of scale·γ/γ'.
+    γ is config.gamma; where the step then raises the loss, it is doubled until one is found that lowers it, which is
+    suggested. For "auto" it is that with the lowest loss (`step_length.find_gamma`).
+
+    Raises DataError where no token of rows held out is trained on, NumericalError where their loss is not finite.
     """
+    forwards.expected = expected_passes(config.gamma, bool(held_out))
     sample, _ = check_losses(losses)
-    chosen, before_rows = _choose_rows(batches, losses, seed)
-    before, _ = check_losses(before_rows)
-    ranks = ranks or Alone()
-    mine = [piece.batch for piece in share_of(chosen, ranks.rank, ranks.size, by_row)]
+    if held_out:
+        rows, (before, num_rows) = held_out, _checked(forwards.mean_loss(held_out))
+    else:
+        rows, known = _some_rows(batches, losses, config.seed)
+        (before, _), num_rows = check_losses(known), sum(len(part.sums) for part in known)
 
-    def loss_at(step: float) -> float | None:
-        with applied(pairs, targets, step):
-            rows = stream_losses(stack, objective, mine)
-        totals, counts = zip(*ranks.gather(sum_losses(rows)), strict=True)
-        loss = sum(totals) / sum(counts)
-        return loss if math.isfinite(loss) else None
+    def loss_at(gamma: float) -> float:
+        with applied(pairs, targets, config.scale, gamma):
+            return forwards.mean_loss(rows)[0]
 
-    after = loss_at(scale)
-    suggestion, suggested_loss = None, None
-    if after is None or after > before:
-        for doubling in range(1, MAX_DOUBLINGS + 1):
-            loss = loss_at(scale / 2**doubling)
-            if loss is not None and loss < before:
-                suggestion, suggested_loss = gamma * 2**doubling, loss
-                break
-    num_rows = sum(len(rows.sums) for rows in before_rows)
-    return LossReport(sample, num_rows, before, after, suggestion, suggested_loss)
+    trials = Trials(loss_at)
+    if config.gamma == AUTO:
+        gamma = find_gamma(trials, before)
+        after = finite(trials(gamma))
+        return gamma, LossReport(sample, num_rows, before, after, held_out=bool(held_out), curve=trials.curve)
+    gamma = float(config.gamma)
+    suggested = None if trials(gamma) <= before else first_lower(trials, before, gamma)
+    after, lowered = finite(trials(gamma)), None if suggested is None else trials(suggested)
+    return gamma, LossReport(sample, num_rows, before, after, suggested, lowered, bool(held_out))
 
 
-def _choose_rows(batches: Sequence[Any], losses: Sequence[RowLosses], seed: int) -> tuple[list[Any], list[RowLosses]]:
+def _checked(loss: tuple[float, int]) -> tuple[float, int]:
+    """(mean loss, number of rows) of rows held out, without the step."""
+    before, num_rows = loss
+    if num_rows == 0:
+        raise DataError("the rows held out have no trainable tokens: every label is masked; hold out others")
+    if not math.isfinite(before):
+        raise NumericalError(f"the loss of the rows held out is {before}; check them; --dtype float32 may help")
+    return before, num_rows
+
+
+def _some_rows(batches: Sequence[Any], losses: Sequence[RowLosses], seed: int) -> tuple[list[Any], list[RowLosses]]:
     """Some rows of the batches, and their losses. A batch whose loss is one number is taken whole or not at all."""
     units = [(index, row) for index, rows in enumerate(losses) for row in range(len(rows.sums)) if rows.counts[row] > 0]
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -43,6 +43,16 @@ def spectral_init(
     return LoraPair(A.contiguous(), B.contiguous())
 
 
+def shortened(pair: LoraPair, gamma: float, rank: int) -> LoraPair:
+    """The factors of a step that is 1/γ as long: A and B times γ^(−1/2), but for the rows of A beyond `rank`.
+
+    From those that `spectral_init` gives for γ = 1, whatever γ is decided on afterwards.
+    """
+    factor = gamma**-0.5
+    A = torch.cat([pair.A[:rank] * factor, pair.A[rank:]])
+    return LoraPair(A, pair.B * factor)
+
+
 def standard_rows(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """Rows of A as PEFT draws them: Kaiming-uniform with a = √5, which is U(−1/√in, 1/√in)."""
     bound = 1.0 / math.sqrt(columns)

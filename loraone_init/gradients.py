@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -222,8 +222,13 @@ def _agree(
     return orders.pop(), count
 
 
-def stream_losses(stack: BlockStack, objective: Objective, batches: Sequence[Any]) -> list[RowLosses]:
-    """Losses of all batches, no gradients."""
+def stream_losses(
+    stack: BlockStack,
+    objective: Objective,
+    batches: Sequence[Any],
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> list[RowLosses]:
+    """Losses of all batches, no gradients. on_step: told the number of blocks that are done, and of all."""
     divided = MicroBatches(batches, stack)
 
     def run(parts: list[Any]) -> list[RowLosses]:
@@ -234,7 +239,7 @@ def stream_losses(stack: BlockStack, objective: Objective, batches: Sequence[Any
                 losses[index] = objective.finish(features, parts[index], backward=False)
 
         with objective.active():
-            stream_forward(stack, [partial(objective.forward, part) for part in parts], finish)
+            stream_forward(stack, [partial(objective.forward, part) for part in parts], finish, on_step=on_step)
         return divided.merge([losses[index] for index in range(len(parts))])
 
     return divided.attempt(run)

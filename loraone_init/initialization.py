@@ -12,13 +12,14 @@ from torch import nn
 
 from .adapter import Adapter, LayerReport
 from .classification import SequenceClassification
-from .config import InitConfig
+from .config import AUTO, InitConfig
 from .errors import ConfigError, DataError, ModelError, NumericalError
-from .evaluation import evaluate_step
+from .evaluation import Forwards, evaluate_step
 from .experts import expert_stacks, experts_as_layers, renamed_targets
-from .factors import LoraPair, spectral_init
+from .factors import LoraPair, shortened, spectral_init
 from .gradients import LayerGradient, stream_gradients
 from .heads import saved_tensors
+from .held_out import HELD_OUT
 from .kept import keeping
 from .models import OpenModel, open_module
 from .monitor import Monitor
@@ -40,6 +41,7 @@ def initialize(
     batches: Sample | Sequence[Any],
     config: InitConfig | None = None,
     *,
+    held_out: Sample | Sequence[Any] | None = None,
     loss: LossFunction | None = None,
     max_memory: int | None = None,
     monitor: Monitor | None = None,
@@ -50,6 +52,8 @@ def initialize(
     model:   from `open_model`, or any module with linear layers, which then stays where it is.
     batches: from `load_batches`, or a sequence of batches: mappings with input_ids, attention_mask and labels
              (batch, tokens), of a classifier labels by row; anything that `loss` understands otherwise.
+    held_out: batches that are in no gradient, of the same kind; by default those that a `Sample` holds out. The losses
+             before and after the step are then on these, and they are what config.gamma "auto" searches with.
     loss:    loss(model, batch) -> (summed loss, number of terms), for all but these transformers models.
     max_memory: bytes that may be used on the device (on a CPU: by the process). What weights and a micro-batch leave of
              them holds block inputs, of which the rest goes to host memory or disk; then activations, which are
@@ -59,21 +63,22 @@ def initialize(
     ranks:   the processes that share the work, this one alone by default; each is given all batches and returns the
              same adapter.
 
-    Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large), DataError (nothing to train on),
-    NumericalError (a loss or gradient is not finite; names the layer).
+    Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large, γ to be searched with nothing held
+    out), DataError (nothing to train on), NumericalError (a loss or gradient is not finite; names the layer).
     """
     config = config or InitConfig()
     monitor = monitor or Monitor()
     ranks = ranks or Alone()
     opened = _opened(model, config)
     rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
+    others = _held_out(batches, held_out, config)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
     check_rank(targets, config.rank)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
-    objective.check(rows)
+    objective.check([*rows, *others])
     by_row = loss is None
     mine = share_of(rows, ranks.rank, ranks.size, by_row)
     own = [piece.batch for piece in mine]
@@ -81,23 +86,13 @@ def initialize(
     with _ready(opened, targets, room):
         losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, room.activations, ranks)
         pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
+        joined = _join_losses(ranks, mine, losses)
+        forwards = Forwards(opened.stack, objective, monitor, ranks, by_row)
         with monitor.timed("evaluate"):
-            report = evaluate_step(
-                opened.stack,
-                objective,
-                rows,
-                _join_losses(ranks, mine, losses),
-                pairs,
-                targets,
-                config.scale,
-                config.gamma,
-                config.seed,
-                ranks,
-                by_row,
-            )
+            gamma, report = evaluate_step(forwards, rows, joined, others, pairs, targets, config)
     return Adapter(
-        pairs={name: pairs[name] for name in targets},
-        config=replace(config, block_path=opened.block_path),
+        pairs={name: shortened(pairs.pop(name), gamma, layers[name].rank) for name in targets},
+        config=replace(config, block_path=opened.block_path, gamma=gamma),
         layers={name: layers[name] for name in targets},
         loss=report,
         base=_base(opened, targets),
@@ -108,6 +103,22 @@ def initialize(
         experts=expert_stacks(targets),
         by_parameter=renamed_targets(opened.module, targets),
     )
+
+
+def _held_out(
+    batches: Sample | Sequence[Any], held_out: Sample | Sequence[Any] | None, config: InitConfig
+) -> list[Any]:
+    """Batches that the gradient is not from."""
+    if held_out is None:
+        found = list(getattr(batches, "held_out_batches", ()))
+    else:
+        found = list(getattr(held_out, "batches", held_out))  # type: ignore[arg-type]
+    if config.gamma == AUTO and not found:
+        raise ConfigError(
+            'gamma "auto" needs rows that the gradient is not from; pass held_out=, or batches of'
+            f" DataOptions(held_out={HELD_OUT})"
+        )
+    return found
 
 
 def _opened(model: OpenModel | nn.Module, config: InitConfig) -> OpenModel:
@@ -183,7 +194,7 @@ def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[Lora
             f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision, --dtype"
             " float32 may help"
         ) from error
-    pair = spectral_init(svd.U, svd.S, svd.Vh, config.gamma, generator, rank=svd.rank)
+    pair = spectral_init(svd.U, svd.S, svd.Vh, 1.0, generator, rank=svd.rank)  # γ comes last
     pair = LoraPair(pair.A.cpu(), pair.B.cpu())  # the device holds nothing that grows with the number of layers
     return pair, _report(gradient, svd, config.rank)
 

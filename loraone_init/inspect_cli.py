@@ -13,6 +13,7 @@ from .cli_support import CONTEXT, Command, one_line_errors, start_logging
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .adapter import Adapter
     from .comparison import Comparison
     from .inspection import Anomaly, LayerFacts
 
@@ -56,7 +57,7 @@ def main(
         if html is not None:
             _write_page(html, shown, facts, anomalies, comparison, str(compare))
         if as_json:
-            click.echo(json.dumps(_as_json(adapter, facts, anomalies, comparison), indent=2))
+            click.echo(json.dumps(_as_json(adapter, shown, facts, anomalies, comparison), indent=2))
             return
         from .inspect_tables import print_adapter, print_comparison
 
@@ -87,10 +88,12 @@ def _write_page(
 
 
 def _as_json(
-    adapter: Path, facts: list[LayerFacts], anomalies: list[Anomaly], comparison: Comparison | None
+    path: Path, adapter: Adapter, facts: list[LayerFacts], anomalies: list[Anomaly], comparison: Comparison | None
 ) -> dict[str, Any]:
     return {
-        "adapter": str(adapter),
+        "adapter": str(path),
+        "gamma": adapter.gamma,
+        "loss": asdict(adapter.loss),
         "anomalies": [asdict(anomaly) for anomaly in anomalies],
         "layers": {fact.name: {**asdict(fact.report), "step_singular_values": fact.step} for fact in facts},
         "comparison": asdict(comparison) if comparison else None,

@@ -15,6 +15,7 @@ from .comparison import Comparison, LayerComparison
 from .inspection import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import place_of
 from .report import count
+from .step_length import describe_search
 
 MAX_ANOMALIES = 12
 _COLUMNS = ("layers", "‖G‖", "σ_r/σ₁", "captured min", "median", "sin∠ max", "‖ΔW‖")
@@ -73,8 +74,10 @@ def _print_head(console: Console, adapter: Adapter) -> None:
         "base": str(adapter.base.get("name")),
         "layers": f"{len(adapter.layers)} of rank {config.rank}, {adapter.num_parameters:,} parameters",
         "settings": f"α {config.alpha:g}, γ {config.gamma:g}, {config.scaling}, s = {config.scale:.4g}, {damping}",
-        "loss": f"{loss.before:.4f} → {after} by the step, on {count(loss.rows, 'row')}",
+        "loss": f"{loss.before:.4f} → {after} by the step, on {count(loss.rows, 'row')}{' held out' * loss.held_out}",
     }
+    if loss.curve:
+        lines["γ"] = describe_search(adapter.gamma, loss.curve)
     if adapter.training is not None:
         first, last = adapter.training["first_loss"], adapter.training["last_loss"]
         told = f", loss {first:.4f} → {last:.4f}" if first is not None else ""

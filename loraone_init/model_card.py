@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from .adapter import Adapter
+from .adapter import Adapter, LossReport
 from .labels import describe_labels
 from .tasks import opening_lines
 
@@ -27,7 +27,7 @@ tags:
 | Base model | `{base}` |
 | Data | `{source}`, {rows} rows, {trained_on} |
 | Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
-| Mean loss, on {loss_rows} of the rows the gradient was taken from | {before:.4f} before the step, {after} after it |
+{searched}| Mean loss, on {loss_rows} | {before:.4f} before the step, {after} after it |
 | Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
 {training}
 ## Use
@@ -83,12 +83,23 @@ def model_card(adapter: Adapter) -> str:
             else f"{adapter.sample.get('num_label_tokens', '?')} label tokens"
         ),
         opening=opening_lines(base or "MODEL", adapter.task_type, adapter.sample),
-        loss_rows=adapter.loss.rows,
+        searched=_search_row(adapter.loss) if adapter.loss.curve else "",
+        loss_rows=(
+            f"{adapter.loss.rows} rows held out of the gradient"
+            if adapter.loss.held_out
+            else f"{adapter.loss.rows} of the rows the gradient was taken from"
+        ),
         before=adapter.loss.before,
         after="not finite" if adapter.loss.after is None else f"{adapter.loss.after:.4f}",
         least=min(captured),
         middle=median(captured),
     )
+
+
+def _search_row(loss: LossReport) -> str:
+    """The mean losses by γ, of a γ that was searched for."""
+    tried = ", ".join(f"{gamma:g}: {'not finite' if tried is None else f'{tried:.4f}'}" for gamma, tried in loss.curve)
+    return f"| Mean loss by γ, which was searched for | {tried} |\n"
 
 
 def _training_rows(training: Mapping[str, Any]) -> str:

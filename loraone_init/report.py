@@ -23,11 +23,12 @@ from .expert_layout import expert_names
 from .labels import describe_labels
 from .memory import describe_size, peak_memory
 from .monitor import Monitor, Stage
+from .step_length import describe_search
 from .trainers import lines_for_trainers
 
 
 class Bars(Monitor):
-    """A bar for the forward and one for the backward, on standard error; none where that is no terminal."""
+    """A bar for each of forward, backward and evaluation, on standard error; none where that is no terminal."""
 
     def __init__(self, shown: bool = True) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "parameters": adapter.num_parameters,
         "rank": adapter.config.rank,
         "alpha": adapter.config.alpha,
-        "gamma": adapter.config.gamma,
+        "gamma": adapter.gamma,
         "scaling": adapter.config.scaling,
         "captured_energy_min": min(captured),
         "captured_energy_median": median(captured),
@@ -116,10 +117,15 @@ def print_summary(summary: Mapping[str, Any], as_json: bool) -> None:
 
 def warn_if_worse(loss: LossReport, gamma: float) -> None:
     """Say loudly, on standard error, that the step raises the loss."""
-    if loss.after is not None and loss.after <= loss.before:
+    if loss.after is not None and (loss.after < loss.before if loss.curve else loss.after <= loss.before):
         return
     after = "something that is not finite" if loss.after is None else f"{loss.after:.4f}"
     text = f"WARNING: the step RAISES the loss from {loss.before:.4f} to {after} at γ = {gamma:g}."
+    if loss.curve:
+        text = (
+            f"WARNING: NO γ of {len(loss.curve)} lowers the loss on the rows held out from {loss.before:.4f}; the step"
+            f" at γ = {gamma:g} leads to {after}."
+        )
     if loss.suggested_gamma is not None:
         text += f" Try --gamma {loss.suggested_gamma:g}: {loss.suggested_loss:.4f} on the same rows."
     Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
@@ -141,6 +147,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         ),
         ("SVD accuracy", _describe_accuracy(summary)),
         ("loss", _describe_loss(summary["loss"])),
+        *([("γ", describe_search(summary["gamma"], summary["loss"]["curve"]))] if summary["loss"]["curve"] else []),
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
         ("peak memory", _describe_peak(summary)),
         ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
@@ -184,12 +191,15 @@ def describe_sample(sample: Mapping[str, Any]) -> str:
     for key, what in (("rows_truncated", "truncated"), ("rows_dropped", "dropped without a trainable token")):
         if sample[key]:
             text += f", {count(sample[key], 'row')} {what}"
-    return text
+    held_out = sample.get("rows_held_out", 0)
+    return f"{text}; {count(held_out, 'row')} held out" if held_out else text
 
 
 def _describe_loss(loss: Mapping[str, Any]) -> str:
     after = "not finite" if loss["after"] is None else f"{loss['after']:.4f}"
     rows = count(loss["rows"], "row")
+    if loss["held_out"]:
+        return f"{loss['before']:.4f} → {after} on {rows} held out ({loss['sample']:.4f} before, on the others)"
     return f"{loss['before']:.4f} → {after} on {rows} of those the gradient is from ({loss['sample']:.4f} on all)"
 
 
