@@ -1,9 +1,9 @@
-"""Pictures as inline SVG: a heat map and a line chart. Colours are the page's CSS variables, for light and dark."""
+"""Pictures as inline SVG: a heat map, a line chart, a search. Colours are the page's variables, for light and dark."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -72,25 +72,16 @@ def line_chart(series: Sequence[Series], x_label: str, log: bool = False) -> str
         return '<p class="quiet">Nothing to draw.</p>'
     xs = [x for line in shown for x, _ in line.points]
     ys = [math.log10(y) if log else y for line in shown for _, y in line.points]
-    x0, x1, ticks = min(xs), max(xs), _log_ticks(ys) if log else _ticks(ys)
-    y0, y1 = min(*ys, *ticks), max(*ys, *ticks)
-    across, up = _WIDTH - _LABELS / 2 - _MARGIN, _HEIGHT - 44
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        left = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
-        top = (y1 - y) / (y1 - y0) if y1 > y0 else 0.5
-        return _LABELS / 2 + left * across, 8 + top * up
-
-    parts = []
-    for tick in ticks:
-        _, y = at(x0, tick)
-        parts.append(f'<line x1="{_LABELS / 2}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(_text(_LABELS / 2 - 6, y + 4, f"{10**tick:.0e}" if log else f"{tick:g}", "end"))
-    for x in _x_ticks(x0, x1):
-        parts.append(_text(at(x, y0)[0], _HEIGHT - 20, f"{x:g}", "middle"))
-    parts.append(_text(_LABELS / 2 + across / 2, _HEIGHT - 3, x_label, "middle"))
+    ticks = _log_ticks(ys) if log else _ticks(ys)
+    frame = _Frame(min(xs), max(xs), min(*ys, *ticks), max(*ys, *ticks))
+    parts = _axes(
+        frame,
+        {x: f"{x:g}" for x in _x_ticks(frame.x0, frame.x1)},
+        {y: f"{10**y:.0e}" if log else f"{y:g}" for y in ticks},
+        x_label,
+    )
     for number, line in enumerate(shown):
-        points = [at(x, math.log10(y) if log else y) for x, y in line.points]
+        points = [frame.at(x, math.log10(y) if log else y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         color = f"var(--c{number % NUM_COLORS})"
         dash = ' stroke-dasharray="5 3"' if number >= NUM_COLORS else ""
@@ -99,6 +90,74 @@ def line_chart(series: Sequence[Series], x_label: str, log: bool = False) -> str
             title = escape(f"{line.name}, {at_x:g}: {value:.3g}")
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"><title>{title}</title></circle>')
     return _legend([line.name for line in shown]) + _svg(_HEIGHT, parts)
+
+
+def search_chart(curve: Sequence[tuple[float, float | None]], before: float, chosen: float) -> str:
+    """The losses of a search over γ, on a logarithmic axis, with the loss before the step as a line across.
+
+    curve: (γ, loss), ascending; a loss that is not finite, or so large that the others would look alike, is drawn open,
+    at the upper edge. chosen: the γ to be marked.
+    """
+    finite = [loss for _, loss in curve if loss is not None]
+    lowest, highest = min(finite, default=before), max(finite, default=before)
+    room = max(before - lowest, 0.01 * abs(before))
+    limit = min(highest, before + room)
+    ticks = _ticks([lowest, before, limit])
+    exponents = [math.log2(gamma) for gamma, _ in curve]
+    frame = _Frame(min(exponents), max(exponents), min(*ticks, lowest), max(*ticks, limit))
+    doublings = {x: f"{2**x:g}" for x in _x_ticks(frame.x0, frame.x1)}
+    parts = _axes(frame, doublings, {y: f"{y:g}" for y in ticks}, "γ")
+    left, y = frame.at(frame.x0, before)
+    parts.append(f'<line x1="{left:.1f}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}" class="before"/>')
+    parts.append(_text(_WIDTH - _MARGIN, y - 5, "before the step", "end"))
+    places = [
+        frame.at(x, min(frame.y1 if loss is None else loss, frame.y1))
+        for x, (_, loss) in zip(exponents, curve, strict=True)
+    ]
+    parts.append(
+        f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" class="line" stroke="var(--c0)"/>'
+    )
+    for (x, y), (gamma, loss) in zip(places, curve, strict=True):
+        told = f"γ = {gamma:g}: {'not finite' if loss is None else f'{loss:.4f}'}"
+        fill = "var(--surface)" if loss is None or loss > frame.y1 else "var(--c0)"
+        size = 6 if gamma == chosen else 3
+        if gamma == chosen:
+            anchor = "end" if x > 0.9 * _WIDTH else "middle"
+            parts.append(_text(x, y + 20 if y < _HEIGHT - 70 else y - 12, f"γ = {gamma:g}", anchor))
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{fill}" stroke="var(--c0)">'
+            f"<title>{escape(told)}</title></circle>"
+        )
+    return _svg(_HEIGHT, parts)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The values at the edges of a chart."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where the point is in the picture."""
+        left = (x - self.x0) / (self.x1 - self.x0) if self.x1 > self.x0 else 0.5
+        top = (self.y1 - y) / (self.y1 - self.y0) if self.y1 > self.y0 else 0.5
+        return _LABELS / 2 + left * (_WIDTH - _LABELS / 2 - _MARGIN), 8 + top * (_HEIGHT - 44)
+
+
+def _axes(frame: _Frame, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str], x_label: str) -> list[str]:
+    """Lines across at the values of `y_ticks`, and what is written at both axes."""
+    parts = []
+    for value, text in y_ticks.items():
+        _, y = frame.at(frame.x0, value)
+        parts.append(f'<line x1="{_LABELS / 2}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        parts.append(_text(_LABELS / 2 - 6, y + 4, text, "end"))
+    for value, text in x_ticks.items():
+        parts.append(_text(frame.at(value, frame.y0)[0], _HEIGHT - 20, text, "middle"))
+    parts.append(_text((_WIDTH + _LABELS / 2 - _MARGIN) / 2, _HEIGHT - 3, x_label, "middle"))
+    return parts
 
 
 def _legend(names: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from .adapter import Adapter
-from .charts import Cell, Series, heat_map, heat_scale, line_chart
+from .charts import Cell, Series, heat_map, heat_scale, line_chart, search_chart
 from .comparison import Comparison
 from .inspection import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import short_kinds
@@ -144,7 +144,8 @@ def _depth_map(facts: Sequence[LayerFacts], values: Mapping[str, float], low: fl
 def _losses(adapter: Adapter) -> str:
     """Bars of the losses before and after the step, and after training."""
     loss, training = adapter.loss, adapter.training or {}
-    values = {f"before the step, {loss.rows} rows": loss.before, f"after the step, {loss.rows} rows": loss.after}
+    rows = f"{loss.rows} rows{' held out' * loss.held_out}"
+    values = {f"before the step, {rows}": loss.before, f"after the step, {rows}": loss.after}
     values |= {
         name: training[key]
         for name, key in (("first of the training", "first_loss"), ("last of the training", "last_loss"))
@@ -156,7 +157,18 @@ def _losses(adapter: Adapter) -> str:
         f"</td><td>{'not finite' if value is None else f'{value:.4f}'}</td></tr>"
         for name, value in values.items()
     )
-    return f'<section><h2>Loss</h2><table class="bars">{bars}</table></section>'
+    return f'<section><h2>Loss</h2><table class="bars">{bars}</table>{_search(adapter)}</section>'
+
+
+def _search(adapter: Adapter) -> str:
+    """The losses for all γ that were tried, where it was searched for."""
+    loss = adapter.loss
+    if not loss.curve:
+        return ""
+    text = (
+        f"Mean on {loss.rows} rows that the gradient is not from; the larger γ, the shorter the step (open: higher up)"
+    )
+    return _figure("Held-out loss against γ", text, search_chart(loss.curve, loss.before, adapter.gamma))
 
 
 def _comparison(facts: Sequence[LayerFacts], comparison: Comparison, other_name: str) -> str:

