@@ -44,6 +44,7 @@ ROWS = (16, 256)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--max-length", type=int, default=160)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "choose_gamma.json")
     arguments = parser.parse_args()
@@ -55,7 +56,9 @@ def main() -> None:
         sentences = write_sentences(Path(directory) / "sentences.jsonl")
         for model, rows in zip(MODELS, ROWS, strict=True):
             for seed, rank in ((seed, rank) for seed in SEEDS for rank in RANKS):
-                if any((run["model"], run["seed"], run["rank"]) == (model, seed, rank) for run in runs):
+                if model not in arguments.models or any(
+                    (run["model"], run["seed"], run["rank"]) == (model, seed, rank) for run in runs
+                ):
                     continue
                 data = EXAMPLE if model == MODELS[0] else sentences
                 runs.append({"model": model, **measure(*opened(model, data, seed), rank, seed, rows, settings)})

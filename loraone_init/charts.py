@@ -155,7 +155,9 @@ def _axes(frame: _Frame, x_ticks: Mapping[float, str], y_ticks: Mapping[float, s
         parts.append(f'<line x1="{_LABELS / 2}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(_text(_LABELS / 2 - 6, y + 4, text, "end"))
     for value, text in x_ticks.items():
-        parts.append(_text(frame.at(value, frame.y0)[0], _HEIGHT - 20, text, "middle"))
+        x, _ = frame.at(value, frame.y0)
+        is_cut = x + 4 * len(text) > _WIDTH
+        parts.append(_text(x, _HEIGHT - 20, text, "end" if is_cut else "middle"))
     parts.append(_text((_WIDTH + _LABELS / 2 - _MARGIN) / 2, _HEIGHT - 3, x_label, "middle"))
     return parts
 

@@ -82,7 +82,7 @@ def initialize(
     by_row = loss is None
     mine = share_of(rows, ranks.rank, ranks.size, by_row)
     own = [piece.batch for piece in mine]
-    room = find_room(opened, targets, own, max_memory)
+    room = find_room(opened, targets, [*own, *others], max_memory)
     with _ready(opened, targets, room):
         losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, room.activations, ranks)
         pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
