@@ -32,7 +32,7 @@ def divide_rows(
     contents = [row.to_bytes() for row in used]
     moved: set[bytes] = set()
     for content in reversed(contents):
-        if sum(map(moved.__contains__, contents)) >= missing:
+        if sum(other in moved for other in contents) >= missing:
             break
         moved.add(content)
     kept = [row for row, content in zip(used, contents, strict=True) if content not in moved]
