@@ -111,7 +111,7 @@ def _write_weights(adapter: Adapter, path: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in adapter.tensors().items():
         name_a, name_b = tensor_names(module)
-        tensors[name_a], tensors[name_b] = pair.A, pair.B
+        tensors[name_a], tensors[name_b] = pair.A.contiguous(), pair.B.contiguous()
     for module, weights in adapter.saved.items():
         tensors |= {f"{PREFIX}{module}.{leaf}": weight for leaf, weight in weights.items()}
     save_file(tensors, path, metadata=adapter.metadata())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from loraone_init import Adapter, InitConfig, initialize, open_model
 from loraone_init.adapter_files import tensor_names
 from loraone_init.errors import AdapterError, OutputError
 from loraone_init.evaluation import applied
+from loraone_init.factors import LoraPair
 from loraone_init.targets import layer_shape, select_targets
 
 FP32 = 1e-5
@@ -49,6 +51,15 @@ def test_round_trip_is_bit_exact(case, name, tmp_path):
         adapter.preconditioner,
     )
     assert again.metadata() == adapter.metadata()
+
+
+def test_factors_of_any_layout_are_saved(case, tmp_path):
+    """Those that a user computed may be transposed views."""
+    _, adapter = case
+    turned = {name: LoraPair(pair.A.T.contiguous().T, pair.B.T.contiguous().T) for name, pair in adapter.pairs.items()}
+    replace(adapter, pairs=turned).save(tmp_path / "turned.safetensors")
+    adapter.save(tmp_path / "straight.safetensors")
+    assert (tmp_path / "turned.safetensors").read_bytes() == (tmp_path / "straight.safetensors").read_bytes()
 
 
 def peft_logits(directory, peft_directory, batch):

@@ -147,6 +147,14 @@ def test_the_step_alone_is_where_loraone_starts(problem: GSM8K) -> None:
     assert alone["training_losses"] == []
 
 
+@pytest.mark.parametrize("method", ["random", "loraone+prec", "loraone-128+prec"])
+def test_trainings_from_a_gradient(problem: GSM8K, method: str) -> None:
+    found = trained(problem, method, 1e-3)
+    assert [point["step"] for point in found["evaluations"]] == [0, 1, 2]
+    assert found["gamma"] > 0
+    assert found["loss"] is not None
+
+
 def test_random_directions_have_the_same_norms(problem: GSM8K) -> None:
     adapter, _ = loraone_adapter(problem, METHODS["loraone-128"], 4, 0, SETTINGS, problem.work)
     random = with_random_directions(adapter, 0)

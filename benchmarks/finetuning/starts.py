@@ -142,7 +142,8 @@ def with_random_directions(adapter: Adapter, seed: int) -> Adapter:
     for name, pair in adapter.pairs.items():
         generator = layer_generator(seed, f"random directions of {name}")
         A = _orthonormal(pair.A.T, generator).T * pair.A.norm(dim=1)[:, None]
-        pairs[name] = LoraPair(A.contiguous(), _orthonormal(pair.B, generator) * pair.B.norm(dim=0))
+        B = _orthonormal(pair.B, generator) * pair.B.norm(dim=0)
+        pairs[name] = LoraPair(A.contiguous(), B.contiguous())
     return replace(adapter, pairs=pairs)
 
 
