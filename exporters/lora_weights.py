@@ -16,6 +16,7 @@ from loraone_init.adapter import FORMAT_VERSION
 from loraone_init.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from loraone_init.errors import AdapterError
 from loraone_init.factors import LoraPair
+from loraone_init.layer_patterns import find_value
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _UNSUPPORTED = {
@@ -99,7 +100,7 @@ def read_lora(path: Path) -> LoraWeights:
     try:
         config, record = _read_config(path, metadata)
         pairs, replacements = _sort_tensors(tensors)
-        scales = {module: scale_of(module, len(pair.A), config) for module, pair in pairs.items()}
+        scales = {module: scale_of(name_in_peft(module, config), len(p.A), config) for module, p in pairs.items()}
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
     return LoraWeights(path, pairs, scales, config, replacements, record=record)
@@ -165,11 +166,14 @@ def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair]
     return {module: LoraPair(factors["A"], factors["B"]) for module, factors in sides.items()}, replacements
 
 
-def scale_of(module: str, rank: int, config: Mapping[str, Any]) -> float:
-    """α/√r (rsLoRA) or α/r, with the module's own α where `alpha_pattern` has one."""
-    alpha = float(config["lora_alpha"])
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches
-            alpha = float(value)
-            break
+def name_in_peft(module: str, config: Mapping[str, Any]) -> str:
+    """What PEFT's patterns are matched with: the name of its weight for a module that is among `target_parameters`."""
+    weight = f"{module}.weight"
+    targets = config.get("target_parameters") or ()
+    return weight if any(weight == name or weight.endswith(f".{name}") for name in targets) else module
+
+
+def scale_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """α/√r (rsLoRA) or α/r, with the layer's own α where `alpha_pattern` has one."""
+    alpha = float(find_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

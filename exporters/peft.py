@@ -15,9 +15,10 @@ from loraone_init.adapter_files import CARD, CONFIG, WEIGHTS, is_single_file
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.checkpoint import read_header
 from loraone_init.errors import ExportError
+from loraone_init.layer_patterns import patterns
 from loraone_init.model_card import model_card
 
-from .lora_weights import LoraWeights, scale_of
+from .lora_weights import LoraWeights, name_in_peft, scale_of
 
 _ALIGNMENT = 8
 
@@ -46,14 +47,20 @@ def export_peft(lora: LoraWeights, output: Path, *, plain_scaling: bool = False)
 
 
 def plain_config(lora: LoraWeights) -> dict[str, Any]:
-    """PEFT's configuration with α' = s·r and no rsLoRA; layers with another α' are in its `alpha_pattern`."""
-    alphas = {module: _number(lora.scales[module] * len(pair.A)) for module, pair in lora.pairs.items()}
-    alphas |= {parameter: _number(stack.scale * stack.rank) for parameter, stack in lora.experts.items()}
-    ((common, _),) = Counter(alphas.values()).most_common(1)
-    others = {module: alpha for module, alpha in alphas.items() if alpha != common}
+    """PEFT's configuration with α' = s·r and no rsLoRA; layers with another α' are in its `alpha_pattern`.
+
+    The common α' belongs to the configuration's r, so that a reader that ignores the patterns finds the common s too.
+    """
+    scales = {name_in_peft(module, lora.peft_config): lora.scales[module] for module in lora.pairs}
+    ranks = {name_in_peft(module, lora.peft_config): len(pair.A) for module, pair in lora.pairs.items()}
+    scales |= {parameter: stack.scale for parameter, stack in lora.experts.items()}
+    ranks |= {parameter: stack.rank for parameter, stack in lora.experts.items()}
+    ((scale, _),) = Counter(scales.values()).most_common(1)
+    common = _number(scale * lora.peft_config["r"])
+    alphas = {name: _number(scales[name] * ranks[name]) for name in scales}
     config = dict(lora.peft_config) | {"lora_alpha": common, "use_rslora": False}
-    if others or config.get("alpha_pattern"):
-        config["alpha_pattern"] = others
+    if any(alpha != common for alpha in alphas.values()) or config.get("alpha_pattern"):
+        config["alpha_pattern"] = patterns(alphas, common)
     return config
 
 
@@ -69,7 +76,7 @@ def _check_record(lora: LoraWeights) -> None:
         )
     recorded = json.loads(read_header(lora.file)[1]["__metadata__"]["peft_config"])
     for module, pair in lora.pairs.items():
-        scale = scale_of(module, len(pair.A), recorded)
+        scale = scale_of(name_in_peft(module, recorded), len(pair.A), recorded)
         if not math.isclose(lora.scales[module], scale):
             raise ExportError(
                 f"{lora.path / CONFIG} has been edited: layer {module} has scale {lora.scales[module]:g} by it,"

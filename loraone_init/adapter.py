@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 
 from .config import AUTO, InitConfig
 from .errors import AdapterError, ConfigError
-from .expert_layout import ExpertStack, expert_names, split_experts, stack_experts
+from .expert_layout import ExpertStack, expert_name, expert_names, split_experts, stack_experts
 from .factors import LoraPair
+from .layer_patterns import patterns
 from .preconditioning import Kind, check_damping
+from .rank_budget import RankBudget
 from .step_length import Curve
 from .version import __version__
 
@@ -25,7 +28,7 @@ FORMAT_VERSION = "1"
 class LayerReport:
     """What is known of one layer's gradient and its SVD.
 
-    singular_values: of G, the leading r, descending.
+    singular_values: of G, the leading r, descending; r is this layer's.
     rank:            how many of them are more than rounding; the columns of B beyond are zero, the rows of A random.
     gradient_norm:   ‖G‖_F.
     captured_energy: share of ‖G‖²_F in the leading r, 1 for G = 0.
@@ -135,6 +138,11 @@ class Adapter:
     def num_parameters(self) -> int:
         return sum(pair.A.numel() + pair.B.numel() for pair in self.pairs.values())
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The columns of B and rows of A in each layer."""
+        return {name: len(pair.A) for name, pair in self.pairs.items()}
+
     def tensors(self) -> dict[str, LoraPair]:
         """The factors as a file has them, by the path before `.lora_A.weight`: those of experts are stacked."""
         return stack_experts(self.pairs, self.experts)
@@ -179,7 +187,22 @@ class Adapter:
             "target_modules": sorted(modules),
             **({"target_parameters": sorted(parameters)} if parameters else {}),
             **({"modules_to_save": sorted(self.saved)} if self.saved else {}),
+            **self._patterns(),
         }
+
+    def _patterns(self) -> dict[str, dict[str, Any]]:
+        """PEFT's `rank_pattern` and `alpha_pattern`, where there are several ranks: α so that s is the same in all."""
+        inside = {*expert_names(self.experts)}
+        ranks = {f"{name}.weight" if name in self.by_parameter else name: r for name, r in self.ranks.items()}
+        ranks = {name: rank for name, rank in ranks.items() if name not in inside}
+        ranks |= {parameter: self.ranks[expert_name(parameter, 0)] for parameter in self.experts}
+        common = self.config.rank
+        if all(rank == common for rank in ranks.values()):
+            return {}
+        rslora = self.config.scaling == "rslora"
+        alphas = {name: self.config.scale * (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
+        alphas = {name: self.config.alpha if ranks[name] == common else alpha for name, alpha in alphas.items()}
+        return {"rank_pattern": patterns(ranks, common), "alpha_pattern": patterns(alphas, self.config.alpha)}
 
     def metadata(self) -> dict[str, str]:
         """The file's header metadata. It holds no dates or durations: the same run writes the same bytes."""
@@ -231,7 +254,7 @@ def parse_metadata(
         parameters = set(peft.get("target_parameters", ())) - experts.keys()
         return Adapter(
             pairs={name: pairs[name] for name in record["layers"]},
-            config=InitConfig(**{key: _tuples(value) for key, value in record["config"].items()}),
+            config=_config(record["config"]),
             layers={
                 name: LayerReport(**{key: _tuples(value) for key, value in layer.items()})
                 for name, layer in record["layers"].items()
@@ -249,6 +272,12 @@ def parse_metadata(
         )
     except (ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
+
+
+def _config(record: Mapping[str, Any]) -> InitConfig:
+    fields = {key: _tuples(value) for key, value in record.items()}
+    budget = fields.pop("rank_budget", None)
+    return InitConfig(**fields, rank_budget=None if budget is None else RankBudget(**budget))
 
 
 def _tuples(value: Any) -> Any:

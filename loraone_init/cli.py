@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from .cli_support import (
     CONTEXT,
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
     help="What MODEL is fine-tuned for.",
 )
 @click.option("-r", "--rank", default=8, type=click.IntRange(min=1), help="Columns of B and rows of A.")
+@click.option(
+    "--rank-budget",
+    help="Ranks by layer, by its spectrum, in place of --rank: their average such as 8, or sum such as total:1680.",
+)
 @click.option("--alpha", default=16.0, help="LoRA's α.")
 @click.option(
     "--gamma",
@@ -116,6 +121,9 @@ def main(verbose: bool, quiet: bool, **options: Any) -> None:
     """
     if options["output"] is None and not options["dry_run"]:
         raise click.UsageError("Missing option '-o' / '--output'.")
+    source = click.get_current_context().get_parameter_source("rank")
+    if options["rank_budget"] is not None and source is not ParameterSource.DEFAULT:
+        raise click.UsageError("--rank and --rank-budget exclude each other.")
     if "LOCAL_RANK" in os.environ:  # torchrun: else torch adds a trace of its own to the line on a lost rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from .ranks import joined
@@ -211,7 +219,9 @@ def _open(ranks: Ranks, model: str, max_memory: int | None, options: dict[str, A
 
 def _init_config(options: dict[str, Any]) -> InitConfig:
     from .config import InitConfig
+    from .rank_budget import parse_rank_budget
 
+    budget = options["rank_budget"]
     return InitConfig(
         rank=options["rank"],
         alpha=options["alpha"],
@@ -221,6 +231,7 @@ def _init_config(options: dict[str, Any]) -> InitConfig:
         exclude_modules=parse_modules(options["exclude_modules"]),
         block_path=options["block_path"],
         seed=options["seed"],
+        rank_budget=None if budget is None else parse_rank_budget(budget),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .errors import ConfigError
+from .rank_budget import RankBudget
 
 Scaling = Literal["rslora", "lora"]
 
@@ -36,6 +37,7 @@ class InitConfig:
     exclude_modules: a regular expression or names, likewise; () for none.
     block_path:      name of the module list to stream, where it cannot be found by itself.
     seed:            seeds the SVD's test matrices and standard-initialised rows.
+    rank_budget:     ranks by layer in place of `rank`, which `initialize` sets to their average: s follows from that.
     """
 
     rank: int = 8
@@ -46,6 +48,7 @@ class InitConfig:
     exclude_modules: str | tuple[str, ...] = ()
     block_path: str | None = None
     seed: int = 0
+    rank_budget: RankBudget | None = None
 
     def __post_init__(self) -> None:
         if not is_whole(self.rank) or self.rank < 1:

@@ -18,7 +18,7 @@ from .data import Sample
 from .estimate import estimate_memory, estimate_seconds
 from .evaluation import expected_passes
 from .experts import ExpertLinear
-from .initialization import check_rank
+from .layer_starts import rank_limits
 from .memory import describe_size, used_memory
 from .models import OpenModel
 from .placement import Place
@@ -29,7 +29,9 @@ from .targets import layer_shape, select_targets
 def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any]:
     """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would."""
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
-    check_rank(targets, config.rank)
+    config, limits = rank_limits(targets, config)
+    budget = config.rank_budget
+    ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
     memory = estimate_memory(opened, targets, sample.batches)
     program = used_memory(opened.device)
@@ -40,7 +42,8 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
         "rank": config.rank,
         "gamma": config.gamma,
-        "parameters": sum(config.rank * sum(layer_shape(module)) for module in targets.values()),
+        "rank_budget": None if budget is None else {"total": ranks, "least": 1, "most": max(limits.values())},
+        "parameters": round(ranks / len(limits) * sum(sum(layer_shape(module)) for module in targets.values())),
         "sample": sample.facts(),
         "device": str(opened.device),
         "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
@@ -64,6 +67,10 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     memory = content["memory_bytes"]
+    budget = content["rank_budget"]
+    ranks = f"of rank {content['rank']}"
+    if budget:
+        ranks = f"of {budget['total']:,} ranks together, {budget['least']} to {budget['most']} each"
     parts = {
         "program": "program",
         "outside": "weights that stay",
@@ -74,12 +81,12 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
     }
     for label, value in (
         ("base", str(content["base"])),
-        ("layers", f"{sum(kind['count'] for kind in content['layers'])} of rank {content['rank']}"),
+        ("layers", f"{sum(kind['count'] for kind in content['layers'])} {ranks}"),
         *[
             ("", f"{kind['count']} × {kind['name']} {kind['shape'][0]}×{kind['shape'][1]}")
             for kind in content["layers"]
         ],
-        ("parameters", f"{content['parameters']:,}"),
+        ("parameters", f"{content['parameters']:,}{' if all ranks were equal' if budget else ''}"),
         ("data", describe_sample(content["sample"])),
         ("computed in", f"{content['dtype']} on {content['device']}"),
         ("placement", _PLACEMENTS[content["placement"]]),

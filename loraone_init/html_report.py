@@ -14,6 +14,7 @@ from .charts import Cell, Series, heat_map, heat_scale, line_chart, search_chart
 from .comparison import Comparison
 from .inspection import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import short_kinds
+from .rank_budget import describe_ranks
 
 MAX_ANOMALIES = 20
 
@@ -55,7 +56,7 @@ def _tiles(adapter: Adapter, facts: Sequence[LayerFacts]) -> str:
         "loss before → after the step": f"{adapter.loss.before:.4f} → {after}",
         "captured energy, median": f"{median(fact.report.captured_energy for fact in facts):.1%}",
         "worst sin∠ of the SVD": f"{max(sines):.1e}" if sines else "no gaps",
-        "rank, γ": f"{adapter.config.rank}, {adapter.config.gamma:g}",
+        "rank, γ": f"{describe_ranks([*adapter.ranks.values()])}, {adapter.config.gamma:g}",
         "layers, parameters": f"{len(facts)}, {adapter.num_parameters:,}",
     }
     items = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in tiles.items())
@@ -81,17 +82,15 @@ def _stacks(facts: Sequence[LayerFacts]) -> dict[str, list[LayerFacts]]:
 
 
 def _of_stack(stack: str, facts: list[LayerFacts]) -> str:
-    """The four pictures of one list of blocks."""
+    """The pictures of one list of blocks."""
     kinds = {kind: layers for (_, kind), layers in by_kind(facts).items()}
     names = short_kinds(list(kinds))
-    rank = max(len(fact.report.singular_values) for fact in facts)
+    ranks = [len(fact.report.singular_values) for fact in facts]
+    rank = max(ranks)
     spectra = [
         Series(names[kind], [(i + 1, _median_ratio(layers, i)) for i in range(rank)]) for kind, layers in kinds.items()
     ]
-    energies = [
-        Series(names[kind], [(r, median(fact.energy_at(r) for fact in layers)) for r in range(1, rank + 1)])
-        for kind, layers in kinds.items()
-    ]
+    energies = [Series(names[kind], _median_energies(layers, rank)) for kind, layers in kinds.items()]
     norms = [
         Series(
             names[kind],
@@ -104,19 +103,40 @@ def _of_stack(stack: str, facts: list[LayerFacts]) -> str:
     ]
     heading = escape(stack or "outside of the blocks")
     figures = [
+        *([_figure("Rank", "What the budget gave each layer", _rank_map(facts))] if len(set(ranks)) > 1 else []),
         _figure("Captured energy", "Share of ‖G‖² in the rank-r adapter, by depth and layer type", _energy_map(facts)),
         _figure("Gradient norm", "‖G‖ by depth", line_chart(norms, "block", log=True)),
         _figure("Singular spectra", "σᵢ/σ₁ of G, median over depth", line_chart(spectra, "i", log=True)),
-        _figure("Energy against rank", "Share of ‖G‖² that rank r would capture, median", line_chart(energies, "r")),
+        _figure(
+            "Energy against rank",
+            "Share of ‖G‖² captured by rank r, median of layers that have it",
+            line_chart(energies, "r"),
+        ),
     ]
     return f"<section><h2><code>{heading}</code></h2>{''.join(figures)}</section>"
 
 
 def _median_ratio(layers: Sequence[LayerFacts], index: int) -> float:
-    """Of σ_{index+1}/σ_1; 0 where no layer has that many."""
-    values = [fact.report.singular_values for fact in layers]
-    ratios = [v[index] / v[0] for v in values if len(v) > index and v[0] > 0]
-    return median(ratios) if ratios else 0.0
+    """Of σ_{index+1}/σ_1; 0 where fewer than half of the layers have that many, and the median would be of others."""
+    values = [v for fact in layers if len(v := fact.report.singular_values) > index]
+    ratios = [v[index] / v[0] for v in values if v[0] > 0]
+    return median(ratios) if ratios and 2 * len(values) >= len(layers) else 0.0
+
+
+def _median_energies(layers: Sequence[LayerFacts], most: int) -> list[tuple[float, float]]:
+    """(r, median of the energies at rank r over the layers that have this rank), as long as half of them do."""
+    points = []
+    for rank in range(1, most + 1):
+        energies = [fact.energy_at(rank) for fact in layers if len(fact.report.singular_values) >= rank]
+        if 2 * len(energies) >= len(layers):
+            points.append((float(rank), median(energies)))
+    return points
+
+
+def _rank_map(facts: list[LayerFacts]) -> str:
+    ranks = {fact.name: float(len(fact.report.singular_values)) for fact in facts}
+    most = max(ranks.values())
+    return heat_scale("0", f"{most:g}") + _depth_map(facts, ranks, 0.0, most, "rank {:g}")
 
 
 def _energy_map(facts: list[LayerFacts]) -> str:
@@ -222,7 +242,7 @@ def _provenance(adapter: Adapter) -> str:
 
 
 def _layers(facts: Sequence[LayerFacts]) -> str:
-    head = ["layer", "out × in", "start", "‖G‖", "σ₁", "σ_r/σ₁", "captured", "sin∠", "‖ΔW‖"]
+    head = ["layer", "out × in", "rank", "start", "‖G‖", "σ₁", "σ_r/σ₁", "captured", "sin∠", "‖ΔW‖"]
     rows = []
     for fact in facts:
         report = fact.report
@@ -231,6 +251,7 @@ def _layers(facts: Sequence[LayerFacts]) -> str:
             [
                 fact.name,
                 "{} × {}".format(*report.shape),
+                str(len(report.singular_values)),
                 report.init,
                 f"{report.gradient_norm:.2e}",
                 f"{top:.2e}",

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .adapter import Adapter, LayerReport
+from .adapter import Adapter
 from .classification import SequenceClassification
 from .config import AUTO, InitConfig
-from .errors import ConfigError, DataError, ModelError, NumericalError
+from .errors import ConfigError, DataError, ModelError
 from .evaluation import Forwards, evaluate_step
 from .experts import expert_stacks, experts_as_layers, renamed_targets
-from .factors import LoraPair, shortened, spectral_init
+from .factors import shortened
 from .gradients import LayerGradient, stream_gradients
 from .heads import saved_tensors
 from .held_out import HELD_OUT
 from .kept import keeping
+from .layer_starts import decompose, rank_limits, start_layers
 from .models import OpenModel, open_module
 from .monitor import Monitor
 from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
@@ -28,8 +29,8 @@ from .quantized import computed_dtype, differentiable, quantization_method
 from .ranks import Alone, Piece, Ranks, share_of
 from .room import Room, find_room
 from .seq2seq import Seq2SeqLM
-from .svd import TruncatedSVD, layer_generator, truncated_svd
-from .targets import is_conv1d, layer_shape, select_targets
+from .svd import TruncatedSVD
+from .targets import is_conv1d, select_targets
 from .tasks import NAMES
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def initialize(
     others = _held_out(batches, held_out, config)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
-    check_rank(targets, config.rank)
+    config, limits = rank_limits(targets, config)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
@@ -85,7 +86,10 @@ def initialize(
     room = find_room(opened, targets, [*own, *others], max_memory)
     with _ready(opened, targets, room):
         losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, room.activations, ranks)
-        pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
+        svds = _collect(ranks, _decompose_layers(gradients, limits, config.seed, monitor))
+        with monitor.timed("svd"):
+            svds = {name: svds[name] for name in targets}
+            pairs, layers = start_layers(svds, expert_stacks(targets), config)
         joined = _join_losses(ranks, mine, losses)
         forwards = Forwards(opened.stack, objective, monitor, ranks, by_row)
         with monitor.timed("evaluate"):
@@ -152,28 +156,25 @@ def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str 
     }
 
 
-def _initialize_layers(
-    gradients: Iterator[LayerGradient], config: InitConfig, monitor: Monitor
-) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
+def _decompose_layers(
+    gradients: Iterator[LayerGradient], limits: Mapping[str, int], seed: int, monitor: Monitor
+) -> dict[str, TruncatedSVD]:
     """Takes the gradients one by one; each is dropped before the next is asked for."""
-    pairs: dict[str, LoraPair] = {}
-    layers: dict[str, LayerReport] = {}
+    svds: dict[str, TruncatedSVD] = {}
     while True:
         with monitor.timed("backward"):
             gradient = next(gradients, None)
         if gradient is None:
-            return pairs, layers
+            return svds
         with monitor.timed("svd"):
-            pairs[gradient.name], layers[gradient.name] = _initialize_layer(gradient, config)
-        del gradient
+            svd = decompose(gradient, limits[gradient.name], seed)
+            svds[gradient.name] = svd.on_host()  # the device holds nothing that grows with the number of layers
+        del gradient, svd
 
 
-def _collect(
-    ranks: Ranks, pairs: dict[str, LoraPair], layers: dict[str, LayerReport]
-) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
+def _collect(ranks: Ranks, svds: dict[str, TruncatedSVD]) -> dict[str, TruncatedSVD]:
     """The layers of all ranks: each has decomposed its own."""
-    parts = ranks.gather((pairs, layers))
-    return {k: v for part, _ in parts for k, v in part.items()}, {k: v for _, part in parts for k, v in part.items()}
+    return {name: svd for part in ranks.gather(svds) for name, svd in part.items()}
 
 
 def _join_losses(ranks: Ranks, pieces: Sequence[Piece], losses: Sequence[RowLosses]) -> list[RowLosses]:
@@ -185,52 +186,11 @@ def _join_losses(ranks: Ranks, pieces: Sequence[Piece], losses: Sequence[RowLoss
     return [joined[index] for index in sorted(joined)]
 
 
-def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[LoraPair, LayerReport]:
-    generator = layer_generator(config.seed, gradient.name)
-    try:
-        svd = truncated_svd(gradient.G, config.rank, generator=generator)
-    except NumericalError as error:
-        raise NumericalError(
-            f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision, --dtype"
-            " float32 may help"
-        ) from error
-    pair = spectral_init(svd.U, svd.S, svd.Vh, 1.0, generator, rank=svd.rank)  # γ comes last
-    pair = LoraPair(pair.A.cpu(), pair.B.cpu())  # the device holds nothing that grows with the number of layers
-    return pair, _report(gradient, svd, config.rank)
-
-
-def _report(gradient: LayerGradient, svd: TruncatedSVD, rank: int) -> LayerReport:
-    rows, columns = gradient.G.shape
-    return LayerReport(
-        shape=(rows, columns),
-        singular_values=tuple(svd.S.double().tolist()),
-        rank=svd.rank,
-        gradient_norm=svd.norm,
-        captured_energy=svd.captured_energy,
-        residual=svd.residual,
-        sine=svd.sine,
-        svd_method=svd.method,
-        svd_iterations=svd.iterations,
-        init="spectral" if svd.rank == rank else "partial" if svd.rank else "standard",
-    )
-
-
 def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
     """The data's record for the metadata; only what `load_batches` gives has one."""
     from .data import Sample
 
     return batches.facts() if isinstance(batches, Sample) else {}
-
-
-def check_rank(targets: Mapping[str, nn.Module], rank: int) -> None:
-    """Raise ConfigError, naming the smallest layer, where the rank is larger than it allows."""
-    shapes = {name: layer_shape(module) for name, module in targets.items()}
-    name = min(shapes, key=lambda name: min(shapes[name]))
-    if rank > min(shapes[name]):
-        raise ConfigError(
-            f"rank {rank} is larger than layer {name} of shape {shapes[name]} allows; use --rank {min(shapes[name])} or"
-            " less, or leave the layer out with --exclude-modules"
-        )
 
 
 def _choose_objective(opened: OpenModel, loss: LossFunction | None) -> Objective:

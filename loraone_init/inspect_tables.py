@@ -10,15 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .adapter import Adapter
+from .adapter import Adapter, LayerReport
 from .comparison import Comparison, LayerComparison
 from .inspection import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import place_of
+from .rank_budget import describe_ranks
 from .report import count
 from .step_length import describe_search
 
 MAX_ANOMALIES = 12
-_COLUMNS = ("layers", "‖G‖", "σ_r/σ₁", "captured min", "median", "sin∠ max", "‖ΔW‖")
+_COLUMNS = ("captured min", "median", "sin∠ max", "‖ΔW‖")
 
 
 def print_adapter(
@@ -29,12 +30,13 @@ def print_adapter(
     _print_anomalies(console, anomalies, every_layer)
     layers = list(facts)
     kinds = {_joined(stack, kind): group for (stack, kind), group in by_kind(layers).items()}
-    console.print(_table("layer type", kinds))
+    several = len(set(adapter.ranks.values())) > 1
+    console.print(_table("layer type", kinds, several))
     depths = {_joined(stack, str(depth)): group for (stack, depth), group in by_depth(layers).items()}
     if depths:
-        console.print(_table("block", depths))
+        console.print(_table("block", depths, several))
     if every_layer:
-        console.print(_table("layer", {fact.name: [fact] for fact in layers}))
+        console.print(_table("layer", {fact.name: [fact] for fact in layers}, several))
 
 
 def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> None:
@@ -69,10 +71,11 @@ def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> N
 def _print_head(console: Console, adapter: Adapter) -> None:
     config, loss = adapter.config, adapter.loss
     after = "not finite" if loss.after is None else f"{loss.after:.4f}"
+    ranks = describe_ranks([*adapter.ranks.values()])
     damping = f"{adapter.preconditioner.kind}, damping {adapter.preconditioner.damping:g}"
     lines = {
         "base": str(adapter.base.get("name")),
-        "layers": f"{len(adapter.layers)} of rank {config.rank}, {adapter.num_parameters:,} parameters",
+        "layers": f"{len(adapter.layers)} of rank {ranks}, {adapter.num_parameters:,} parameters",
         "settings": f"α {config.alpha:g}, γ {config.gamma:g}, {config.scaling}, s = {config.scale:.4g}, {damping}",
         "loss": f"{loss.before:.4f} → {after} by the step, on {count(loss.rows, 'row')}{' held out' * loss.held_out}",
     }
@@ -103,27 +106,41 @@ def _print_anomalies(console: Console, anomalies: Sequence[Anomaly], every_one: 
     console.print()
 
 
-def _table(head: str, groups: dict[str, list[LayerFacts]]) -> Table:
-    """A line for each group; of norms and ratios the median, unless the name of the column says otherwise."""
+def _table(head: str, groups: dict[str, list[LayerFacts]], several_ranks: bool) -> Table:
+    """A line for each group; of norms and ratios the median, unless the name of the column says otherwise.
+
+    Where ranks differ they are shown in place of σ_r/σ₁, which is then of unlike r.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column(head, no_wrap=True)
-    for column in _COLUMNS:
+    for column in ("layers", "‖G‖", "rank" if several_ranks else "σ_r/σ₁", *_COLUMNS):
         table.add_column(column, justify="right")
     for name, layers in groups.items():
         reports = [fact.report for fact in layers]
         sines = [report.sine for report in reports if report.sine is not None]
-        ratios = [r.singular_values[-1] / r.singular_values[0] for r in reports if r.singular_values[0] > 0]
         table.add_row(
             Text(name),
             str(len(layers)),
             f"{median(report.gradient_norm for report in reports):.2e}",
-            f"{median(ratios):.3f}" if ratios else "–",
+            _span(reports) if several_ranks else _ratio(reports),
             f"{min(report.captured_energy for report in reports):.1%}",
             f"{median(report.captured_energy for report in reports):.1%}",
             f"{max(sines):.0e}" if sines else "no gap",
             f"{median(fact.step_norm for fact in layers):.3g}",
         )
     return table
+
+
+def _span(reports: Sequence[LayerReport]) -> str:
+    """Their ranks: 8, or 1–32."""
+    ranks = [len(report.singular_values) for report in reports]
+    return str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+
+
+def _ratio(reports: Sequence[LayerReport]) -> str:
+    """Median of σ_r/σ₁."""
+    ratios = [r.singular_values[-1] / r.singular_values[0] for r in reports if r.singular_values[0] > 0]
+    return f"{median(ratios):.3f}" if ratios else "–"
 
 
 def _joined(stack: str, name: str) -> str:

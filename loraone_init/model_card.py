@@ -8,6 +8,7 @@ from typing import Any
 
 from .adapter import Adapter, LossReport
 from .labels import describe_labels
+from .rank_budget import describe_ranks
 from .tasks import opening_lines
 
 _CARD = """---
@@ -70,7 +71,7 @@ def model_card(adapter: Adapter) -> str:
         training=_training_rows(adapter.training) if adapter.training is not None else "",
         base_line=f"base_model: {base}\n" if base else "",
         base=base or "MODEL",
-        rank=adapter.config.rank,
+        rank=describe_ranks([*adapter.ranks.values()]),
         alpha=adapter.config.alpha,
         gamma=adapter.config.gamma,
         scaling=adapter.config.scaling,

@@ -83,6 +83,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "experts": _summarize_experts(adapter),
         "parameters": adapter.num_parameters,
         "rank": adapter.config.rank,
+        "ranks": _summarize_ranks(adapter),
         "alpha": adapter.config.alpha,
         "gamma": adapter.gamma,
         "scaling": adapter.config.scaling,
@@ -99,6 +100,14 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "trainers": lines_for_trainers(adapter, output),
         "peak_device_memory_bytes": max((peak for peak in device if peak is not None), default=None),
     }
+
+
+def _summarize_ranks(adapter: Adapter) -> dict[str, float] | None:
+    """Of the layers, where a budget gave them several."""
+    ranks = adapter.ranks.values()
+    if adapter.config.rank_budget is None:
+        return None
+    return {"min": min(ranks), "median": median(ranks), "max": max(ranks), "total": sum(ranks)}
 
 
 def _summarize_experts(adapter: Adapter) -> dict[str, int] | None:
@@ -138,7 +147,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     table.add_column(overflow="fold")
     for label, value in (
         ("base", str(summary["base"])),
-        ("layers", f"{summary['layers']} of rank {summary['rank']}, {summary['parameters']:,} parameters"),
+        ("layers", f"{summary['layers']} of rank {_describe_ranks(summary)}, {summary['parameters']:,} parameters"),
         *([("experts", _describe_experts(summary["experts"]))] if summary["experts"] else []),
         ("data", describe_sample(sample)),
         (
@@ -167,6 +176,13 @@ def _print_table(summary: Mapping[str, Any]) -> None:
 def count(number: int, what: str) -> str:
     """1 row, 2 rows."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _describe_ranks(summary: Mapping[str, Any]) -> str:
+    ranks = summary["ranks"]
+    if ranks is None:
+        return str(summary["rank"])
+    return f"{ranks['min']} to {ranks['max']} (median {ranks['median']:g}, {ranks['total']:,} together)"
 
 
 def _describe_experts(experts: Mapping[str, int]) -> str:

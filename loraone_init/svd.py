@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,6 +54,31 @@ class TruncatedSVD:
     sine: float | None
     method: Method  # "exact" if it comes from a full SVD in fp64
     iterations: int  # in both precisions, also those before an exact SVD took over
+    ritz: RitzValues  # of G scaled by some power of two
+
+    def first(self, rank: int) -> TruncatedSVD:
+        """The best approximation of a smaller rank, and how accurate it is: what is left of U, S, Vh is the same."""
+        if rank == len(self.S):
+            return self
+        ritz = self.ritz.first(rank)
+        residual = math.hypot(self.residual, float(torch.linalg.vector_norm(self.S[rank:], dtype=torch.float64)))
+        return TruncatedSVD(
+            self.U[:, :rank],
+            self.S[:rank],
+            self.Vh[:rank],
+            min(self.rank, rank),
+            self.norm,
+            1.0 - (residual / self.norm) ** 2 if self.norm else 1.0,
+            residual,
+            ritz.defined_sine(min(self.rank, rank), torch.finfo(self.S.dtype).eps),
+            self.method,
+            self.iterations,
+            ritz,
+        )
+
+    def on_host(self) -> TruncatedSVD:
+        """With its tensors in host memory."""
+        return replace(self, U=self.U.cpu(), S=self.S.cpu(), Vh=self.Vh.cpu())
 
 
 def truncated_svd(
@@ -80,7 +105,8 @@ def truncated_svd(
         G, scale = _normalise(G.to(torch.float64 if G.dtype == torch.float64 else torch.float32))
         if scale == 0.0:
             U, Vh = (G.new_zeros(shape).fill_diagonal_(1.0) for shape in ((len(G), rank), (rank, G.shape[1])))
-            return TruncatedSVD(U, G.new_zeros(rank), Vh, 0, 0.0, 1.0, 0.0, None, "exact", 0)
+            zeros = RitzValues([0.0] * (rank + 1), [0.0] * (rank + 1), 0.0)
+            return TruncatedSVD(U, G.new_zeros(rank), Vh, 0, 0.0, 1.0, 0.0, None, "exact", 0, zeros)
         norm = float(torch.linalg.vector_norm(G, dtype=torch.float64))
         q = rank + oversample
         triplets, iterations = None, 0
@@ -98,15 +124,13 @@ def layer_generator(seed: int, name: str) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class _Triplets:
-    """Approximate singular triplets u_i, s_i, v_i of G with Gᵀ·u_i = s_i·v_i, and the residuals of G·v_i = s_i·u_i.
+class RitzValues:
+    """What is known of r approximate singular triplets u_i, s_i, v_i of G with Gᵀ·u_i = s_i·v_i, on the host.
 
-    U (m, r), Vh (r, n). On the host: s, all q > r Ritz values s_i <= σ_i, descending; e, the residual norms
-    ‖G·v_i - s_i·u_i‖, i = 1..r+1; rounding, that of s and e. Where min(m, n) = r, s and e end in a 0.
+    s, the Ritz values s_i <= σ_i, descending, and e, the residual norms ‖G·v_i - s_i·u_i‖, i = 1..r+1; rounding, that
+    of both. Where min(m, n) = r, they end in a 0.
     """
 
-    U: Tensor
-    Vh: Tensor
     s: list[float]
     e: list[float]
     rounding: float
@@ -120,15 +144,6 @@ class _Triplets:
         """(s_r - s_{r+1})/s_r."""
         return 1.0 - self.s[self.r] / self.s[self.r - 1] if self.s[self.r - 1] > 0.0 else 0.0
 
-    def excess(self) -> float:
-        """About Σ σ_i² - Σ s_i², i <= r: how far ‖G - USVh‖²_F lies above its minimum.
-
-        V captures ‖G·V‖² = Σ s_i² + Σ e_i², so Σ e_i² is what the next half step gains at least; each one after that
-        gains less by a factor (σ_{q+1}/σ_r)². s_q stands for σ_{q+1} here.
-        """
-        decay = (self.s[-1] / self.s[self.r - 1]) ** 2 if self.s[self.r - 1] > 0.0 else 0.0
-        return math.hypot(*self.e[: self.r]) ** 2 / max(1.0 - decay, 1e-3)
-
     def sine(self, eps: float) -> float:
         """Upper estimate of the sine between the spans of U, V, rounded to precision eps, and the true ones.
 
@@ -141,6 +156,31 @@ class _Triplets:
             return 1.0
         outside = math.hypot(*((self.e[i] + self.rounding) / (self.s[i] - following) for i in range(r)))
         return min(1.0, outside + _MARGIN * eps * math.sqrt(r))
+
+    def defined_sine(self, rank: int, eps: float) -> float | None:
+        """The sine, where G has the numerical rank r at least and a gap after it."""
+        return self.sine(eps) if rank == self.r and self.gap >= MIN_GAP else None
+
+    def first(self, r: int) -> RitzValues:
+        """Of the first r triplets."""
+        return RitzValues(self.s[: r + 1], self.e[: r + 1], self.rounding)
+
+
+@dataclass(frozen=True)
+class _Triplets(RitzValues):
+    """The triplets themselves: U (m, r), Vh (r, n). s holds all q > r Ritz values."""
+
+    U: Tensor
+    Vh: Tensor
+
+    def excess(self) -> float:
+        """About Σ σ_i² - Σ s_i², i <= r: how far ‖G - USVh‖²_F lies above its minimum.
+
+        V captures ‖G·V‖² = Σ s_i² + Σ e_i², so Σ e_i² is what the next half step gains at least; each one after that
+        gains less by a factor (σ_{q+1}/σ_r)². s_q stands for σ_{q+1} here.
+        """
+        decay = (self.s[-1] / self.s[self.r - 1]) ** 2 if self.s[self.r - 1] > 0.0 else 0.0
+        return math.hypot(*self.e[: self.r]) ** 2 / max(1.0 - decay, 1e-3)
 
 
 def _iterate(G: Tensor, P: Tensor, r: int, norm: float, tolerance: float, budget: int) -> tuple[_Triplets | None, int]:
@@ -176,7 +216,7 @@ def _step(G: Tensor, P: Tensor, r: int) -> tuple[_Triplets, Tensor]:
     E = P @ Vh.T - U * S[: r + 1]
     host: list[float] = torch.cat([S, torch.linalg.vector_norm(E, dim=0)]).tolist()
     rounding = _ROUNDING * torch.finfo(G.dtype).eps * host[0]
-    return _Triplets(U[:, :r], Vh[:r] @ Z.T, host[: len(S)], host[len(S) :], rounding), P
+    return _Triplets(host[: len(S)], host[len(S) :], rounding, U[:, :r], Vh[:r] @ Z.T), P
 
 
 def _converged(t: _Triplets, norm: float, eps: float, tolerance: float, previous: float) -> bool:
@@ -199,7 +239,7 @@ def _exact(G: Tensor, r: int) -> _Triplets:
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     s: list[float] = [*S.tolist(), 0.0]
     rounding = _ROUNDING * math.sqrt(len(S)) * torch.finfo(torch.float64).eps * s[0]
-    return _Triplets(U[:, :r], Vh[:r], s, [0.0] * (r + 1), rounding)
+    return _Triplets(s, [0.0] * (r + 1), rounding, U[:, :r], Vh[:r])
 
 
 def _result(G: Tensor, t: _Triplets, norm: float, scale: float, method: Method, iterations: int) -> TruncatedSVD:
@@ -212,8 +252,9 @@ def _result(G: Tensor, t: _Triplets, norm: float, scale: float, method: Method, 
     S = torch.tensor(t.s[: t.r], dtype=G.dtype, device=G.device)
     residual = _residual(G, U, S, Vh)
     energy = 1.0 - (residual / norm) ** 2
-    sine = t.sine(eps) if rank == t.r and t.gap >= MIN_GAP else None
-    return TruncatedSVD(U, S * scale, Vh, rank, norm * scale, energy, residual * scale, sine, method, iterations)
+    sine = t.defined_sine(rank, eps)
+    ritz = t.first(t.r)
+    return TruncatedSVD(U, S * scale, Vh, rank, norm * scale, energy, residual * scale, sine, method, iterations, ritz)
 
 
 def _residual(G: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> float:

@@ -249,7 +249,7 @@ def test_negative_control_fp32_alone_cannot_certify_small_singular_values() -> N
 
 def test_wedin_estimate_by_hand() -> None:
     """s = (3, 2 | 1), e = (0.2, 0.1 | 0.1): hypot(0.2/(3 - 1.1), 0.1/(2 - 1.1))."""
-    triplets = svd._Triplets(torch.eye(3, 2), torch.eye(2, 3), [3.0, 2.0, 1.0], [0.2, 0.1, 0.1], 0.0)
+    triplets = svd._Triplets([3.0, 2.0, 1.0], [0.2, 0.1, 0.1], 0.0, torch.eye(3, 2), torch.eye(2, 3))
     assert triplets.sine(0.0) == pytest.approx(math.hypot(0.2 / 1.9, 0.1 / 0.9))
 
 

@@ -1,0 +1,80 @@
+"""Each layer's start: the decomposition of its gradient, its rank, its factors at γ = 1, and what is reported of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from .adapter import LayerReport
+from .config import InitConfig
+from .errors import ConfigError, NumericalError
+from .expert_layout import ExpertStack
+from .factors import LoraPair, spectral_init
+from .gradients import LayerGradient
+from .rank_budget import choose_ranks
+from .svd import TruncatedSVD, layer_generator, truncated_svd
+from .targets import layer_shape
+
+
+def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[InitConfig, dict[str, int]]:
+    """Up to which rank each layer is decomposed; and the configuration with the rank that s follows from.
+
+    Raises ConfigError, naming the smallest layer, where the rank is larger than it allows; likewise for a budget.
+    """
+    shapes = {name: layer_shape(module) for name, module in targets.items()}
+    if config.rank_budget is not None:
+        limits = config.rank_budget.limits(shapes)
+        return replace(config, rank=config.rank_budget.average(len(shapes))), limits
+    name = min(shapes, key=lambda name: min(shapes[name]))
+    if config.rank > min(shapes[name]):
+        raise ConfigError(
+            f"rank {config.rank} is larger than layer {name} of shape {shapes[name]} allows; use --rank"
+            f" {min(shapes[name])} or less, or leave the layer out with --exclude-modules"
+        )
+    return config, dict.fromkeys(shapes, config.rank)
+
+
+def decompose(gradient: LayerGradient, rank: int, seed: int) -> TruncatedSVD:
+    """G ≈ U·diag(S)·Vh of this rank. Raises NumericalError, with the layer's name, where G is not finite."""
+    try:
+        return truncated_svd(gradient.G, rank, generator=layer_generator(seed, gradient.name))
+    except NumericalError as error:
+        raise NumericalError(
+            f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision, --dtype"
+            " float32 may help"
+        ) from error
+
+
+def start_layers(
+    svds: dict[str, TruncatedSVD], experts: Mapping[str, ExpertStack], config: InitConfig
+) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
+    """Factors of the ranks that the budget gives, if there is one; takes the decompositions out of `svds`."""
+    ranks = {name: config.rank for name in svds}
+    if config.rank_budget is not None:
+        ranks = choose_ranks(svds, config.rank_budget.total(len(svds)), experts)
+    pairs: dict[str, LoraPair] = {}
+    layers: dict[str, LayerReport] = {}
+    for name, rank in ranks.items():
+        svd = svds.pop(name).first(rank)
+        rows = layer_generator(config.seed, f"{name}, standard rows")
+        pairs[name] = spectral_init(svd.U, svd.S, svd.Vh, 1.0, rows, rank=svd.rank)  # γ comes last
+        layers[name] = _report(svd)
+    return pairs, layers
+
+
+def _report(svd: TruncatedSVD) -> LayerReport:
+    rank = len(svd.S)
+    return LayerReport(
+        shape=(len(svd.U), svd.Vh.shape[1]),
+        singular_values=tuple(svd.S.double().tolist()),
+        rank=svd.rank,
+        gradient_norm=svd.norm,
+        captured_energy=svd.captured_energy,
+        residual=svd.residual,
+        sine=svd.sine,
+        svd_method=svd.method,
+        svd_iterations=svd.iterations,
+        init="spectral" if svd.rank == rank else "partial" if svd.rank else "standard",
+    )
