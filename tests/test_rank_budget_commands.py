@@ -91,6 +91,17 @@ def test_rank_and_budget_exclude_each_other(command: Command, tiny_model: Path, 
     assert "--rank and --rank-budget exclude each other" in result.stderr
 
 
+def test_gamma_is_searched_with_these_ranks(
+    budgeted: Path, command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    options = ["--rank-budget", 4, "--gamma", "auto", "--held-out", 4, "--samples", 8]
+    assert command(tiny_model, tiny_data, "-o", tmp_path / "auto", *options).exit_code == 0
+    adapter = Adapter.load(tmp_path / "auto")
+    assert sum(adapter.ranks.values()) == 84
+    for name, pair in adapter.pairs.items():
+        assert float(torch.linalg.matrix_norm(pair.B @ pair.A, 2)) == pytest.approx(1 / adapter.gamma, rel=1e-4), name
+
+
 def test_several_processes_decide_alike(budgeted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     together = tmp_path / "together.safetensors"
     arguments = [str(tiny_model), str(tiny_data), "-o", str(together), "--rank-budget", "4", "--device", "cpu", "-q"]
@@ -110,6 +121,20 @@ def test_inspect(budgeted: Path, tmp_path: Path) -> None:
     for name, rank in ranks.items():
         assert re.search(rf"^{re.escape(name)} +1 +\S+ +{rank} ", done.stdout, re.M), name
         assert f"<title>{name}: rank {rank}</title>" in page.read_text()
+
+
+def test_compared_with_equal_ranks(
+    budgeted: Path, command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """As many angles as the smaller rank has; what both have is the same: the one is a part of the other."""
+    assert command(tiny_model, tiny_data, "-o", tmp_path / "equal", "--rank", 4).exit_code == 0
+    done = CliRunner().invoke(inspect, [str(budgeted), "--compare", str(tmp_path / "equal"), "--json"])
+    assert done.exit_code == 0, done.output
+    compared = json.loads(done.stdout)["comparison"]["layers"]
+    for name, rank in Adapter.load(budgeted).ranks.items():
+        angles = compared[name]["output_angles"]
+        assert len(angles) == min(rank, 4)
+        assert max(angles) < 0.1  # degrees
 
 
 def test_five_preconditioned_steps(budgeted: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
