@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import THREE, make_classifier, make_pair_tokenizer
 from click.testing import CliRunner
 from conftest import Command, Refused, beside_placement, make_word_tokenizer, relative_error
 from exports import ROUNDING, export, logits_of, peft_logits
 from moe_models import make_moe
+from peft import PeftModel
 from rank_processes import run_ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from loraone_init import Adapter
 from loraone_init.inspect_cli import main as inspect
@@ -186,6 +188,25 @@ def test_merged_experts_equal_peft(plain: bool, command: Command, tiny_data: Pat
     assert export("merged", base, adapter, "-o", merged).exit_code == 0
     assert relative_error(logits_of(AutoModelForCausalLM.from_pretrained(merged)), expected) < ROUNDING
     assert relative_error(logits_of(AutoModelForCausalLM.from_pretrained(base)), expected) > 0.01
+
+
+def test_a_classifiers_head_is_kept_beside_the_ranks(command: Command, labelled: Path, tmp_path: Path) -> None:
+    """PEFT's `modules_to_save` and patterns together."""
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    make_classifier("bert", torch.float32, id2label=dict(enumerate(THREE.names))).save_pretrained(base)
+    make_pair_tokenizer().save_pretrained(base)
+    options = ["--task", "sequence-classification", "--rank-budget", 3, "--gamma", 8]
+    done = command(base, labelled, "-o", adapter, *options)
+    assert done.exit_code == 0, done.output
+    assert len(set(Adapter.load(adapter).ranks.values())) > 1
+    assert export("merged", base, adapter, "-o", merged).exit_code == 0
+    original, found = (AutoModelForSequenceClassification.from_pretrained(path).eval() for path in (base, merged))
+    ids = torch.tensor([[5, 17, 40, 3]])
+    with torch.no_grad():
+        logits, plain = found(input_ids=ids).logits, original(input_ids=ids).logits
+        expected = PeftModel.from_pretrained(original, adapter).eval()(input_ids=ids).logits
+    assert relative_error(logits, expected) < ROUNDING
+    assert relative_error(plain, expected) > 0.01
 
 
 def test_single_file_and_back(budgeted: Path, tiny_model: Path, tmp_path: Path) -> None:
