@@ -80,11 +80,12 @@ def parse_rank_budget(text: str) -> RankBudget:
 
 
 def choose_ranks(svds: Mapping[str, TruncatedSVD], total: int, experts: Mapping[str, ExpertStack]) -> dict[str, int]:
-    """The ranks of all layers, `total` in sum, with which the step lowers the loss most, to first order.
+    """The ranks of all layers, `total` in sum, with which they capture most of their gradients.
 
-    A layer's step ΔW = −(s/(γ·σ₁))·G_r changes the loss by ⟨G, ΔW⟩ = −(s/γ)·Σ_{i≤r} σᵢ²/σ₁ (docs/choosing.md has what
-    was measured). Ranks are at most those of the decompositions. The experts of one fused parameter share theirs, since
-    their factors are stacked: the sum is then `total`, or short of it by less than a rank of all of them.
+    What is maximised is the sum over layers of the share of its own ‖G‖²_F that each captures: all have a step of the
+    same length, whatever their gradients' (docs/choosing.md has what was measured). Ranks are at most those of the
+    decompositions. The experts of one fused parameter share theirs, since their factors are stacked: the sum is then
+    `total`, or short of it by less than a rank of all of them.
     """
     stacks = [expert_names({parameter: stack}) for parameter, stack in experts.items()]
     of_experts = {name for names in stacks for name in names}
@@ -132,6 +133,6 @@ def _sum_of_gains(svds: Sequence[TruncatedSVD]) -> list[float]:
 
 
 def _gains(svd: TruncatedSVD) -> list[float]:
-    """σᵢ²/σ₁; 0 where σᵢ is rounding."""
+    """σᵢ²/‖G‖²_F; 0 where σᵢ is rounding."""
     sigmas: list[float] = svd.S[: svd.rank].tolist()
-    return [sigma * (sigma / sigmas[0]) for sigma in sigmas] + [0.0] * (len(svd.S) - svd.rank)
+    return [(sigma / svd.norm) ** 2 for sigma in sigmas] + [0.0] * (len(svd.S) - svd.rank)
