@@ -167,7 +167,7 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [line(run) for run in result["runs"]]
     for case, rank in product(CASES, RANKS):
         alike = [run for run in result["runs"] if ((run["model"], run["rows"]), run["rank"]) == (case, rank)]
-        if alike:
+        if len(alike) > 1:
             lines.append(line(averaged(alike)))
     return "\n".join([head, *lines])
 
