@@ -17,6 +17,7 @@ import logging
 import re
 import tempfile
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
@@ -38,8 +39,8 @@ EXAMPLE = HERE.parent / "examples" / "gsm8k.jsonl"
 SEEDS = (0, 1, 2)
 RANKS = (8, 32)
 MODELS = ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2")
-ROWS = (16, 256)
-"""Of the gradient, of the search, and beside both: by model. The second one's are sentences, with one label each."""
+CASES = ((MODELS[0], 16), (MODELS[1], 64), (MODELS[1], 256))
+"""(model, rows): so many of the gradient, of the search, and beside both. MiniLM's rows are sentences, each a label."""
 
 
 def main() -> None:
@@ -54,17 +55,14 @@ def main() -> None:
     runs = earlier_runs(arguments.output, settings)
     with tempfile.TemporaryDirectory() as directory:
         sentences = write_sentences(Path(directory) / "sentences.jsonl")
-        for model, rows in zip(MODELS, ROWS, strict=True):
-            for seed, rank in ((seed, rank) for seed in SEEDS for rank in RANKS):
-                if model not in arguments.models or any(
-                    (run["model"], run["seed"], run["rank"]) == (model, seed, rank) for run in runs
-                ):
-                    continue
-                data = EXAMPLE if model == MODELS[0] else sentences
-                runs.append({"model": model, **measure(*opened(model, data, seed), rank, seed, rows, settings)})
-                print(line(runs[-1]), flush=True)
-                arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                arguments.output.write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n")
+        for (model, rows), seed, rank in product(CASES, SEEDS, RANKS):
+            if model not in arguments.models or any(key(run) == (model, rows, seed, rank) for run in runs):
+                continue
+            data = EXAMPLE if model == MODELS[0] else sentences
+            runs.append({"model": model, **measure(*opened(model, data, seed), rank, seed, rows, settings)})
+            print(line(runs[-1]), flush=True)
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n")
     print("\n" + markdown({**settings, "runs": runs}))
 
 
@@ -75,6 +73,10 @@ def earlier_runs(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]
     found: dict[str, Any] = json.loads(output.read_text())
     runs: list[dict[str, Any]] = found.pop("runs")
     return runs if found == settings else []
+
+
+def key(run: dict[str, Any]) -> tuple[str, int, int, int]:
+    return run["model"], run["rows"], run["seed"], run["rank"]
 
 
 def write_sentences(file: Path) -> Path:
@@ -150,26 +152,23 @@ def measure(
 
 
 def line(run: dict[str, Any]) -> str:
-    others = run["others"]
-    return (
-        f"| {run['model']} | {run['rank']} | {run['seed']} | {run['gamma']:g} | {run['before']:.3f} |"
-        f" {run['published']:.3f} | {run['found']:.3f} | {others['before']:.3f} | {others['published']:.3f} |"
-        f" {others['found']:.3f} |"
-    )
+    losses = [part[name] for part in (run, run["others"]) for name in ("before", "published", "found")]
+    length = InitConfig(rank=run["rank"]).scale / run["gamma"]
+    cells = [f"{run['model']}, {run['rows']} rows", run["rank"], run["seed"], f"{run['gamma']:g}", f"{length:.3g}"]
+    return f"| {' | '.join(map(str, cells))} | {' | '.join(f'{loss:.3f}' for loss in losses)} |"
 
 
 def markdown(result: dict[str, Any]) -> str:
     """A line for each run, then the means of each model and rank."""
     head = (
-        "| model | rank | seed | γ found | before | γ = 128 | found | others: before | γ = 128 | found |\n|"
-        + "---|" * 10
+        "| model, data | rank | seed | γ found | s/γ | before | γ = 128 | found | others: before | γ = 128 | found |\n|"
+        + "---|" * 11
     )
     lines = [line(run) for run in result["runs"]]
-    for model in MODELS:
-        for rank in RANKS:
-            alike = [run for run in result["runs"] if (run["model"], run["rank"]) == (model, rank)]
-            if alike:
-                lines.append(line(averaged(alike)))
+    for case, rank in product(CASES, RANKS):
+        alike = [run for run in result["runs"] if ((run["model"], run["rows"]), run["rank"]) == (case, rank)]
+        if len(alike) > 1:
+            lines.append(line(averaged(alike)))
     return "\n".join([head, *lines])
 
 
@@ -177,10 +176,9 @@ def averaged(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Means of the losses, and the geometric mean of γ."""
     losses = ("before", "published", "found")
     return {
-        "model": runs[0]["model"],
-        "rank": runs[0]["rank"],
+        **{key: runs[0][key] for key in ("model", "rows", "rank")},
         "seed": "mean",
-        "gamma": geometric_mean(run["gamma"] for run in runs),
+        "gamma": round(geometric_mean(run["gamma"] for run in runs)),
         **{key: mean(run[key] for run in runs) for key in losses},
         "others": {key: mean(run["others"][key] for run in runs) for key in losses},
     }

@@ -147,6 +147,18 @@ def test_dry_run_and_table(command: Command, classifier: Path, labelled: Path, t
         assert "19 of rank 8" in printed  # six in each of three blocks, and the pooler
 
 
+def test_gamma_is_searched_for_with_rows_held_out(
+    command: Command, classifier: Path, labelled: Path, out: Path
+) -> None:
+    options = ("--json", "--gamma", "auto", "--samples", 8, "--held-out", 4)
+    result = command(classifier, labelled, *CLASSIFY, *options, "-o", out / "a.safetensors")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    losses = {gamma: loss for gamma, loss in found["loss"]["curve"]}
+    assert found["loss"]["after"] == losses[found["gamma"]] == min(losses.values())
+    assert (found["loss"]["rows"], found["sample"]["num_label_tokens"]) == (4, 8)
+
+
 def test_reference_trainer_is_for_causal_models(command: Command, classifier: Path, labelled: Path, out: Path) -> None:
     adapter = out / "a.safetensors"
     assert command(classifier, labelled, *CLASSIFY, "-o", adapter).exit_code == 0

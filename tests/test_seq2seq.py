@@ -230,6 +230,16 @@ def test_command(command: Command, t5: Path, tiny_data: Path, tmp_path: Path) ->
     assert len(list(names["model"].parameters())) > 2 * found["layers"]
 
 
+def test_gamma_is_searched_for_with_rows_held_out(command: Command, t5: Path, tiny_data: Path, tmp_path: Path) -> None:
+    options = ("--task", "seq2seq-lm", "--json", "--gamma", "auto", "--samples", 8, "--held-out", 4)
+    result = command(t5, tiny_data, *options, "-o", tmp_path / "peft")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    losses = {gamma: loss for gamma, loss in found["loss"]["curve"]}
+    assert found["loss"]["after"] == losses[found["gamma"]] == min(losses.values())
+    assert (found["loss"]["rows"], found["sample"]["rows_held_out"]) == (4, 4)
+
+
 def test_dry_run_counts_what_decoder_blocks_read(command: Command, t5: Path, tiny_data: Path) -> None:
     result = command(t5, tiny_data, "--task", "seq2seq-lm", "--dry-run", "--json")
     memory = json.loads(result.stdout)["memory_bytes"]
