@@ -30,10 +30,20 @@ WIDE_TOKENS = 2048
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """G = ∇_W L (out, in) of one layer, fp32 (fp64 for an fp64 model)."""
+    """The gradient of one layer, fp32 (fp64 for an fp64 model): what each half of the sample adds to it, or all."""
 
     name: str
-    G: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
+
+    @property
+    def G(self) -> torch.Tensor:  # noqa: N802
+        """∇_W L (out, in), the sum of the parts; of two, a new tensor each time."""
+        return self.parts[0] if len(self.parts) == 1 else torch.add(*self.parts)
+
+    @property
+    def numel(self) -> int:
+        """Of G."""
+        return self.parts[0].numel()
 
 
 class Collector:
@@ -42,11 +52,14 @@ class Collector:
     The gradient of the weight itself is never asked for: a layer's input is kept by a forward hook and multiplied
     with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike.
     Products wait until `WIDE_TOKENS` tokens are together: narrow ones spend their time on reading and writing the sum.
+
+    num_parts: sums of each layer; `turn_to` says which of them what comes now adds to.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module]) -> None:
+    def __init__(self, targets: Mapping[str, nn.Module], num_parts: int = 1) -> None:
         self._targets = dict(targets)
-        self._sums: dict[str, torch.Tensor] = {}
+        self._part = 0
+        self._sums: list[dict[str, torch.Tensor]] = [{} for _ in range(num_parts)]
         self._waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
 
     @contextmanager
@@ -58,17 +71,29 @@ class Collector:
                 stack.callback(hook.remove)
             yield
 
+    def turn_to(self, part: int) -> None:
+        """From now on, products add to this sum."""
+        if part != self._part:
+            for name in list(self._waiting):
+                self._multiply(name)
+            self._part = part
+
     def take(self, name: str, count: float) -> LayerGradient:
-        """The finished gradient of the layer, sum / count; exactly zero if no gradient reached it. Drops the sum."""
+        """The finished gradient of the layer, sum / count; exactly zero if no gradient reached it. Drops the sums."""
         self._multiply(name)
-        G = self._sums.pop(name, None)
-        if G is None:
-            module = self._targets[name]
-            tensors = [module.weight] if isinstance(module, ExpertLinear) else module.parameters()
-            floating = (t.dtype for t in tensors if t.is_floating_point())
-            dtype = torch.promote_types(next(floating, torch.float32), torch.float32)  # as other ranks' sums have it
-            return LayerGradient(name, torch.zeros(layer_shape(module), dtype=dtype))
-        return LayerGradient(name, G.div_(count))
+        sums = [part.pop(name, None) for part in self._sums]
+        other = next((G for G in sums if G is not None), None)
+        return LayerGradient(name, tuple(self._zero(name, other) if G is None else G.div_(count) for G in sums))
+
+    def _zero(self, name: str, other: torch.Tensor | None) -> torch.Tensor:
+        """What stands for a sum that nothing was added to; other: one of the same layer that something was."""
+        if other is not None:
+            return torch.zeros_like(other)
+        module = self._targets[name]
+        tensors = [module.weight] if isinstance(module, ExpertLinear) else module.parameters()
+        floating = (t.dtype for t in tensors if t.is_floating_point())
+        dtype = torch.promote_types(next(floating, torch.float32), torch.float32)  # as other ranks' sums have it
+        return torch.zeros(layer_shape(module), dtype=dtype)
 
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
@@ -94,7 +119,8 @@ class Collector:
         if not waiting:
             return
         dY, X = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
-        self._sums[name] = add_product(self._sums.get(name), dY, X)
+        sums = self._sums[self._part]
+        sums[name] = add_product(sums.get(name), dY, X)
 
 
 def _wide(module: nn.Module) -> int:
@@ -116,12 +142,14 @@ def stream_gradients(
     monitor: Monitor | None = None,
     budget: ActivationBudget | None = None,
     ranks: Ranks | None = None,
+    halves: Sequence[int] | None = None,
 ) -> tuple[list[RowLosses], Iterator[LayerGradient]]:
     """Losses of all batches, and the gradient of their overall mean for every target layer.
 
     budget: memory for what the forward computes and the backward needs; without it, that is computed again.
     ranks:  the processes that share the work, one by default: `batches` and the losses are this one's, which may be
             none; the mean is that of all, and the gradients are those that this one is to decompose.
+    halves: to which half of the sample, 0 or 1, each batch belongs; gradients then come in two parts.
 
     The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
     mode with frozen parameters. Micro-batches that do not fit in memory are halved, and both begin anew.
@@ -130,7 +158,7 @@ def stream_gradients(
     single row does not fit in memory.
     """
     ranks = ranks or Alone()
-    gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), ranks)
+    gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), ranks, halves)
     losses = gradients.forward(budget)
     order, count = _agree(stack, gradients.traces, losses, ranks)
     return losses, gradients.backward(order, count)
@@ -147,6 +175,7 @@ class _Pass:
         batches: MicroBatches,
         monitor: Monitor,
         ranks: Ranks,
+        halves: Sequence[int] | None,
     ) -> None:
         self.traces: list[Trace] = []
         self._stack = stack
@@ -155,7 +184,8 @@ class _Pass:
         self._batches = batches
         self._monitor = monitor
         self._ranks = ranks
-        self._collector = Collector(targets)
+        self._halves = halves
+        self._collector = self._new_collector()
         self._shared: set[int] = set()  # blocks whose gradients have gone out
 
     def forward(self, budget: ActivationBudget | None) -> list[RowLosses]:
@@ -171,14 +201,14 @@ class _Pass:
                 break
             except TooLargeError as error:
                 index, block = error.index, error.block
-            self.traces, self._collector = [], Collector(self._waiting)
+            self.traces, self._collector = [], self._new_collector()
             self._batches.halve(index, block)
             self.forward(None)
         # layers outside of all blocks, or never reached
         yield from self._ranks.share(self._collector.take(name, count) for name in self._waiting)
 
     def _forward(self, parts: list[Any], budget: ActivationBudget | None) -> list[RowLosses]:
-        self._collector = Collector(self._waiting)
+        self._collector = self._new_collector()
         trained = frozenset(i for i, block in enumerate(self._stack.names) if _within(self._waiting, block))
         losses: dict[int, RowLosses] = {}
 
@@ -189,12 +219,20 @@ class _Pass:
         with self._monitor.timed("forward"), self._collector.attached(), self._objective.active():
             forwards = [partial(self._objective.forward, part) for part in parts]
             on_step = partial(self._monitor.step, "forward")
-            self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, budget)
+            self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, budget, self._turn)
         return self._batches.merge([losses[index] for index in range(len(parts))])
+
+    def _new_collector(self) -> Collector:
+        return Collector(self._waiting, 1 if self._halves is None else 2)
+
+    def _turn(self, index: int) -> None:
+        """What comes now is of this micro-batch."""
+        if self._halves is not None:
+            self._collector.turn_to(self._halves[self._batches.of[index]])
 
     def _backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
         with self._collector.attached():
-            for done, block in enumerate(stream_backward(self._stack, self.traces, order), start=1):
+            for done, block in enumerate(stream_backward(self._stack, self.traces, order, self._turn), start=1):
                 self._monitor.step("backward", done, len(order))
                 if block in self._shared:  # by the pass that was broken off
                     continue

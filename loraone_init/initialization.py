@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .activations import ActivationBudget
 from .adapter import Adapter, LayerReport
 from .classification import SequenceClassification
 from .config import AUTO, InitConfig
@@ -18,6 +20,7 @@ from .evaluation import Forwards, evaluate_step
 from .experts import expert_stacks, experts_as_layers, renamed_targets
 from .factors import LoraPair, shortened, spectral_init
 from .gradients import LayerGradient, stream_gradients
+from .growing import Drawn, Samples, batches_of
 from .heads import saved_tensors
 from .held_out import HELD_OUT
 from .kept import keeping
@@ -27,7 +30,9 @@ from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
 from .quantized import computed_dtype, differentiable, quantization_method
 from .ranks import Alone, Piece, Ranks, share_of
 from .room import Room, find_room
+from .sample_size import Growth
 from .seq2seq import Seq2SeqLM
+from .split_half import split_half_agreement
 from .svd import TruncatedSVD, layer_generator, truncated_svd
 from .targets import is_conv1d, layer_shape, select_targets
 from .tasks import NAMES
@@ -46,6 +51,7 @@ def initialize(
     max_memory: int | None = None,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    growth: Growth | None = None,
 ) -> Adapter:
     """The LoRA-One adapter of `model` for `batches`; the model is left as it was.
 
@@ -62,6 +68,9 @@ def initialize(
     monitor: is told of progress and keeps the seconds of each stage.
     ranks:   the processes that share the work, this one alone by default; each is given all batches and returns the
              same adapter.
+    growth:  how to take only as many of the rows as are needed, those drawn first (of a sequence, batches); None takes
+             all. The adapter equals that of a sample of that size to 1e-5. The passes over the smaller samples take
+             about as long as the last one, and gradients twice the memory.
 
     Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large, γ to be searched with nothing held
     out), DataError (nothing to train on), NumericalError (a loss or gradient is not finite; names the layer).
@@ -70,7 +79,7 @@ def initialize(
     monitor = monitor or Monitor()
     ranks = ranks or Alone()
     opened = _opened(model, config)
-    rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
+    rows = batches_of(batches)
     others = _held_out(batches, held_out, config)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
@@ -80,23 +89,25 @@ def initialize(
         raise DataError("there are no batches; give at least one")
     objective.check([*rows, *others])
     by_row = loss is None
-    mine = share_of(rows, ranks.rank, ranks.size, by_row)
-    own = [piece.batch for piece in mine]
-    room = find_room(opened, targets, [*own, *others], max_memory)
+    own = [piece.batch for piece in share_of(rows, ranks.rank, ranks.size, by_row)]
+    room = find_room(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)
+    samples = Samples(batches, growth, by_row)
     with _ready(opened, targets, room):
-        losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, room.activations, ranks)
-        pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
-        joined = _join_losses(ranks, mine, losses)
+        for drawn in samples:
+            budget = copy(room.activations)  # a pass uses it up
+            losses, pairs, layers = _one_pass(drawn, opened, targets, objective, config, budget, monitor, ranks, by_row)
+            samples.judge(layers.values())
         forwards = Forwards(opened.stack, objective, monitor, ranks, by_row)
         with monitor.timed("evaluate"):
-            gamma, report = evaluate_step(forwards, rows, joined, others, pairs, targets, config)
+            gamma, report = evaluate_step(forwards, drawn.batches, losses, others, pairs, targets, config)
     return Adapter(
         pairs={name: shortened(pairs.pop(name), gamma, layers[name].rank) for name in targets},
         config=replace(config, block_path=opened.block_path, gamma=gamma),
         layers={name: layers[name] for name in targets},
         loss=report,
         base=_base(opened, targets),
-        sample=_describe(batches),
+        sample=_describe(samples.used),
+        growth=samples.report(),
         task_type=NAMES[opened.task].peft if loss is None else None,
         saved=saved_tensors(opened.module, saved),
         fan_in_fan_out=any(map(is_conv1d, targets.values())),
@@ -139,6 +150,27 @@ def _ready(opened: OpenModel, targets: Mapping[str, nn.Module], room: Room) -> I
         opened.stack.kept_by(keeper),
     ):
         yield
+
+
+def _one_pass(
+    drawn: Drawn,
+    opened: OpenModel,
+    targets: Mapping[str, nn.Module],
+    objective: Objective,
+    config: InitConfig,
+    budget: ActivationBudget | None,
+    monitor: Monitor,
+    ranks: Ranks,
+    by_row: bool,
+) -> tuple[list[RowLosses], dict[str, LoraPair], dict[str, LayerReport]]:
+    """The losses of a sample's batches, and all layers' factors and reports, on every rank."""
+    mine = share_of(drawn.parts, ranks.rank, ranks.size, by_row)
+    own = [piece.batch for piece in mine]
+    losses, gradients = stream_gradients(
+        opened.stack, targets, objective, own, monitor, budget, ranks, drawn.halves_of(mine)
+    )
+    pairs, layers = _collect(ranks, *_initialize_layers(gradients, config, monitor))
+    return drawn.losses(_join_losses(ranks, mine, losses)), pairs, layers
 
 
 def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str | None]:
@@ -187,8 +219,10 @@ def _join_losses(ranks: Ranks, pieces: Sequence[Piece], losses: Sequence[RowLoss
 
 def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[LoraPair, LayerReport]:
     generator = layer_generator(config.seed, gradient.name)
+    G = gradient.G
     try:
-        svd = truncated_svd(gradient.G, config.rank, generator=generator)
+        svd = truncated_svd(G, config.rank, generator=generator)
+        agreement = split_half_agreement(gradient, config.rank, config.seed) if len(gradient.parts) == 2 else None
     except NumericalError as error:
         raise NumericalError(
             f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision, --dtype"
@@ -196,11 +230,11 @@ def _initialize_layer(gradient: LayerGradient, config: InitConfig) -> tuple[Lora
         ) from error
     pair = spectral_init(svd.U, svd.S, svd.Vh, 1.0, generator, rank=svd.rank)  # γ comes last
     pair = LoraPair(pair.A.cpu(), pair.B.cpu())  # the device holds nothing that grows with the number of layers
-    return pair, _report(gradient, svd, config.rank)
+    return pair, _report(G, svd, config.rank, agreement)
 
 
-def _report(gradient: LayerGradient, svd: TruncatedSVD, rank: int) -> LayerReport:
-    rows, columns = gradient.G.shape
+def _report(G: torch.Tensor, svd: TruncatedSVD, rank: int, agreement: tuple[float, float] | None) -> LayerReport:
+    rows, columns = G.shape
     return LayerReport(
         shape=(rows, columns),
         singular_values=tuple(svd.S.double().tolist()),
@@ -212,6 +246,7 @@ def _report(gradient: LayerGradient, svd: TruncatedSVD, rank: int) -> LayerRepor
         svd_method=svd.method,
         svd_iterations=svd.iterations,
         init="spectral" if svd.rank == rank else "partial" if svd.rank else "standard",
+        agreement=agreement,
     )
 
 

@@ -143,7 +143,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
     assert beside_placement(result.stderr) == ""
     assert set(found) == {
         *("output", "output_bytes", "base", "layers", "experts", "parameters", "rank", "alpha", "gamma", "scaling"),
-        *("captured_energy_min", "captured_energy_median", "largest_sine", "layers_without_gap"),
+        *("captured_energy_min", "captured_energy_median", "largest_sine", "layers_without_gap", "growth"),
         *(
             "layers_not_spectral",
             "sample",
