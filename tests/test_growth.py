@@ -177,6 +177,21 @@ def test_command(command: Command, tiny_model: Path, many_rows: Path, out: Path)
     same_adapter(adapter, Adapter.load(fixed))
 
 
+def test_with_a_search_for_gamma(command: Command, tiny_model: Path, many_rows: Path, out: Path) -> None:
+    """On rows that no sample has, the same for every size."""
+    options = (*AUTO, "--sample-tolerance", 0.95, "--max-samples", 34, "--gamma", "auto", "--held-out", 4)
+    result = command(tiny_model, many_rows, "-o", out / "a.safetensors", *options)
+    assert result.exit_code == 0, result.stderr
+    adapter = Adapter.load(out / "a.safetensors")
+    assert sizes(adapter) == [16, 32]
+    assert (adapter.loss.held_out, adapter.loss.rows, adapter.sample["rows_held_out"]) == (True, 4, 4)
+    sample = load_batches(str(many_rows), make_word_tokenizer(), DataOptions(samples=34, held_out=4))
+    contents = {row.to_bytes() for row in sample.first(32).rows}
+    assert len(contents) == 32
+    assert not contents & {row.to_bytes() for row in sample.held_out}
+    assert adapter.sample["sha256"] == sample.first(32).sha256
+
+
 def test_command_says_where_it_has_not_settled(command: Command, tiny_model: Path, many_rows: Path, out: Path) -> None:
     options = (*AUTO, "--max-samples", 20, "--sample-tolerance", 0.01)
     result = command(tiny_model, many_rows, "-o", out / "a.safetensors", *options)
