@@ -22,7 +22,7 @@ from .errors import ConfigError, LoraOneError
 from .watch import Watch
 
 if TYPE_CHECKING:
-    from .gradients import LayerGradient
+    from .collector import LayerGradient
 
 T = TypeVar("T")
 

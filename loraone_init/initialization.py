@@ -14,12 +14,13 @@ from torch import nn
 from .activations import ActivationBudget
 from .adapter import Adapter, LayerReport
 from .classification import SequenceClassification
+from .collector import LayerGradient
 from .config import AUTO, InitConfig
 from .errors import ConfigError, DataError, ModelError, NumericalError
 from .evaluation import Forwards, evaluate_step
 from .experts import expert_stacks, experts_as_layers, renamed_targets
 from .factors import LoraPair, shortened, spectral_init
-from .gradients import LayerGradient, stream_gradients
+from .gradients import stream_gradients
 from .growing import Drawn, Samples, batches_of
 from .heads import saved_tensors
 from .held_out import HELD_OUT

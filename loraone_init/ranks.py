@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from .gradients import LayerGradient
+    from .collector import LayerGradient
 
 T = TypeVar("T")
 

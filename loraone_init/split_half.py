@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .gradients import LayerGradient
+from .collector import LayerGradient
 from .objective import RowLosses
 from .ranks import num_rows
 from .svd import layer_generator, truncated_svd

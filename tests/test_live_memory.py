@@ -132,7 +132,7 @@ def measure(
 @pytest.fixture(autouse=True)
 def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products wait for tokens, up to a fixed number; here each is made at once."""
-    monkeypatch.setattr("loraone_init.gradients.WIDE_TOKENS", 1)
+    monkeypatch.setattr("loraone_init.collector.WIDE_TOKENS", 1)
     monkeypatch.setattr("loraone_init.objective.MAX_LOGITS", 10 * 97)
 
 

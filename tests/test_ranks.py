@@ -22,8 +22,8 @@ from rank_processes import (
 )
 
 from loraone_init import Adapter
+from loraone_init.collector import LayerGradient
 from loraone_init.distributed import Group
-from loraone_init.gradients import LayerGradient
 from loraone_init.objective import RowLosses
 from loraone_init.ranks import Alone, Piece, share_of
 

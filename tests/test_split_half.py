@@ -10,7 +10,8 @@ from conftest import make_batches, make_model, reference_gradients, reference_lo
 from test_halving import LittleMemory
 from torch import nn
 
-from loraone_init.gradients import LayerGradient, stream_gradients
+from loraone_init.collector import LayerGradient
+from loraone_init.gradients import stream_gradients
 from loraone_init.models import open_module
 from loraone_init.objective import CausalLM, RowLosses
 from loraone_init.split_half import join_losses, split, split_half_agreement
@@ -58,7 +59,7 @@ def test_each_part_is_the_gradient_of_its_half(name: str) -> None:
 @pytest.mark.parametrize("wide", [1, 2048])
 def test_the_parts_add_up_to_the_whole_gradient(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long products wait."""
-    monkeypatch.setattr("loraone_init.gradients.WIDE_TOKENS", wide)
+    monkeypatch.setattr("loraone_init.collector.WIDE_TOKENS", wide)
     model, batches = make_model("llama"), make_batches((9, 12, 7), rows=3)
     truth = reference_gradients(model, select_targets(model, "all-linear"), lambda: reference_loss(model, batches))
     found = in_halves(model, batches)
