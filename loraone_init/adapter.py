@@ -18,6 +18,7 @@ from .factors import LoraPair
 from .layer_patterns import patterns
 from .preconditioning import Kind, check_damping
 from .rank_budget import RankBudget
+from .sample_size import GrowthReport
 from .step_length import Curve
 from .version import __version__
 
@@ -36,6 +37,7 @@ class LayerReport:
     sine:            upper estimate of the sine of the largest principal angle to the true rank-r subspaces; None
                      where they are not defined: (σ_r − σ_{r+1})/σ_r < 0.01.
     init:            "spectral"; "partial" where rank < r; "standard" where G = 0.
+    agreement:       of the halves of a sample that was grown (see `sample_size.Halved`); None where it was not.
     """
 
     shape: tuple[int, int]
@@ -48,6 +50,7 @@ class LayerReport:
     svd_method: str
     svd_iterations: int
     init: Literal["spectral", "partial", "standard"]
+    agreement: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Adapter:
     by_parameter: modules that PEFT is told of by their weight's name (see `expert_layout.renamed_by_peft`).
     base:   what the model is called: directory or hub id, revision, fingerprint, dtype computed in.
     sample: the data: source, format, rows, tokens, fingerprint, options.
+    growth: how the sample was grown; None for one whose size was given.
     training: what `loraone-train` did to the factors since; None for a starting point.
     saved:  modules that are held whole, PEFT's `modules_to_save`: a classifier's head, by module and name in it.
     """
@@ -124,6 +128,7 @@ class Adapter:
     saved: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     experts: Mapping[str, ExpertStack] = field(default_factory=dict)
     by_parameter: tuple[str, ...] = ()
+    growth: GrowthReport | None = None
 
     def __post_init__(self) -> None:
         if self.config.gamma == AUTO:
@@ -213,6 +218,7 @@ class Adapter:
             "config": asdict(self.config),
             "base": dict(self.base),
             "sample": dict(self.sample),
+            "growth": None if self.growth is None else asdict(self.growth),
             "loss": asdict(self.loss),
             "preconditioner": asdict(self.preconditioner),
             "layers": {name: asdict(report) for name, report in self.layers.items()},
@@ -269,6 +275,7 @@ def parse_metadata(
             saved=saved or {},
             experts=experts,
             by_parameter=tuple(sorted(name.removesuffix(".weight") for name in parameters)),
+            growth=None if record.get("growth") is None else GrowthReport.from_record(record["growth"]),
         )
     except (ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
         raise AdapterError(f"its metadata cannot be understood ({error!r})") from error

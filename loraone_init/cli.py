@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .labels import LabelSource
     from .models import OpenModel
     from .ranks import Ranks
+    from .sample_size import Growth
 
 
 @click.command("loraone-init", cls=Command, context_settings=CONTEXT)
@@ -69,7 +70,20 @@ if TYPE_CHECKING:
     help="all-linear, names separated by commas, or a regular expression for whole module names.",
 )
 @click.option("--exclude-modules", help="Names or a regular expression of layers to leave out.")
-@click.option("--samples", default=64, type=click.IntRange(min=1), help="Rows to draw from the data.")
+@click.option(
+    "--samples",
+    default=64,
+    type=OrAuto(click.IntRange(min=1)),
+    help="Rows to draw from the data; auto: doubled until two halves of them agree.",
+)
+@click.option(
+    "--max-samples", type=click.IntRange(min=2), help="Rows that --samples auto draws, at most.  [default: 512]"
+)
+@click.option(
+    "--sample-tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="How far its halves' subspaces may be apart, by their mean sin².  [default: 0.4]",
+)
 @click.option(
     "--held-out",
     type=click.IntRange(min=1),
@@ -124,6 +138,8 @@ def main(verbose: bool, quiet: bool, **options: Any) -> None:
     source = click.get_current_context().get_parameter_source("rank")
     if options["rank_budget"] is not None and source is not ParameterSource.DEFAULT:
         raise click.UsageError("--rank and --rank-budget exclude each other.")
+    if options["samples"] != "auto" and (options["max_samples"] or options["sample_tolerance"]):
+        raise click.UsageError("--max-samples and --sample-tolerance are for --samples auto.")
     if "LOCAL_RANK" in os.environ:  # torchrun: else torch adds a trace of its own to the line on a lost rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from .ranks import joined
@@ -153,6 +169,7 @@ def _run(
     from .report import Bars, own_peaks, print_summary, summarize, warn_if_worse
 
     config = _init_config(options)
+    growth = _growth(options)
     wanted = _data_options(options)
     max_memory = parse_size(options["max_memory"]) if options["max_memory"] else None
     is_main = ranks.rank == 0
@@ -175,10 +192,10 @@ def _run(
             sample = load_batches(data, opened.tokenizer, wanted, token=options["token"], labels=opened.labels)
         if options["dry_run"]:
             if is_main:
-                print_plan(plan(opened, sample, config), as_json)
+                print_plan(plan(opened, sample, config, growth), as_json)
             return
         assert output is not None
-        adapter = initialize(opened, sample, config, max_memory=max_memory, monitor=monitor, ranks=ranks)
+        adapter = initialize(opened, sample, config, max_memory=max_memory, monitor=monitor, ranks=ranks, growth=growth)
         processes = ranks.gather(own_peaks())
         ranks.finish()
         if not is_main:
@@ -235,13 +252,22 @@ def _init_config(options: dict[str, Any]) -> InitConfig:
     )
 
 
+def _growth(options: dict[str, Any]) -> Growth | None:
+    """How the sample is to grow; None where its size is given."""
+    from .sample_size import DEFAULT_TOLERANCE, Growth
+
+    return Growth(options["sample_tolerance"] or DEFAULT_TOLERANCE) if options["samples"] == "auto" else None
+
+
 def _data_options(options: dict[str, Any]) -> DataOptions:
     from .data import DataOptions
     from .formats import parse_columns
     from .held_out import HELD_OUT
+    from .sample_size import DEFAULT_MAX_SAMPLES
 
+    samples, most = options["samples"], options["max_samples"] or DEFAULT_MAX_SAMPLES
     return DataOptions(
-        samples=options["samples"],
+        samples=most if samples == "auto" else samples,
         max_length=options["max_length"],
         batch_size=options["batch_size"],
         batch_tokens=options["batch_tokens"] or DataOptions.batch_tokens,

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from .batches import Batch, TokenRow, collate, rows_of_like_length
 from .classification_rows import ClassificationEncoder, classification_encoder
 from .config import is_whole
+from .drawing import RowEncoder, draw_rows
 from .encoding import row_encoder
 from .errors import ConfigError, DataError
 from .formats import Format, check_columns
 from .held_out import divide_rows
 from .labels import Labels
-from .rows import Row, Rows, read_rows
+from .rows import Rows, read_rows
 from .seq2seq_rows import source_target_encoder
 from .tasks import Task, check_task
 
@@ -90,6 +89,7 @@ class Sample:
     sha256:           digest of the rows used, hexadecimal; see `digest`.
     options:          what was asked for.
     rows:             their token ids and labels.
+    places, dropped:  of each, and of those left out, in the seeded permutation of all rows of the source.
     pad_id:           what fills up shorter rows of a micro-batch.
     labels:           of a classification.
     held_out:         rows that the batches are not made of.
@@ -106,6 +106,8 @@ class Sample:
     sha256: str
     options: DataOptions
     rows: list[TokenRow] = field(repr=False)
+    places: list[int] = field(repr=False)
+    dropped: list[int] = field(repr=False)
     pad_id: int
     labels: Labels | None = None
     held_out: list[TokenRow] = field(default_factory=list, repr=False)
@@ -126,9 +128,26 @@ class Sample:
         groups = rows_of_like_length(rows, self.options.batch_size, self.options.batch_tokens)
         return [collate(group, self.pad_id) for group in groups]
 
+    def first(self, samples: int) -> Sample:
+        """What would have been drawn if so many rows, at least one, had been asked for; but the same are held out."""
+        if samples >= len(self.rows):
+            return self
+        chosen = sorted(range(len(self.rows)), key=self.places.__getitem__)[:samples]
+        rows, places = [self.rows[index] for index in chosen], [self.places[index] for index in chosen]
+        dropped = [place for place in self.dropped if place < places[-1]]
+        return replace(
+            self,
+            options=replace(self.options, samples=samples),
+            rows=rows,
+            places=places,
+            dropped=dropped,
+            rows_dropped=len(dropped),
+            **_counts(rows),
+        )
+
     def facts(self) -> dict[str, Any]:
         """All but the rows: the record in the adapter's metadata."""
-        left_out = ("rows", "pad_id", "labels", "held_out")
+        left_out = ("rows", "places", "dropped", "pad_id", "labels", "held_out")
         record = {key: getattr(self, key) for key in (f.name for f in fields(self)) if key not in left_out}
         labels = {} if self.labels is None else {"labels": list(self.labels.names), "problem": self.labels.problem}
         held = {"rows_held_out": len(self.held_out), "sha256_held_out": digest(self.held_out)} if self.held_out else {}
@@ -160,41 +179,49 @@ def load_batches(
     options = options or DataOptions()
     rows = read_rows(source, split=options.split, revision=revision, token=token)
     encoder = _encoder(rows, tokenizer, options, labels)
-    used, held_out, num_dropped = _draw(rows, encoder, options)
-    if not used:
+    draw = draw_rows(rows, encoder, options.samples, options.held_out, options.seed)
+    if not draw.used:
         raise DataError(
             f"{source!r} has no trainable tokens in the first {options.max_length} tokens of its {len(rows)} rows; "
             "raise --max-length, or train on --all-tokens"
         )
-    used, held_out = divide_rows(used, held_out, options.held_out, source)
+    used, held_out = divide_rows(draw.used, draw.beyond, options.held_out, source)
     return Sample(
         source=source,
         format=encoder.format,
         rows_available=len(rows),
-        rows_used=len(used),
-        rows_truncated=sum(row.truncated for row in used),
-        rows_dropped=num_dropped,
-        num_tokens=sum(len(row.input_ids) for row in used),
-        num_label_tokens=sum(row.num_targets for row in used),
-        sha256=digest(used),
+        rows_dropped=len(draw.dropped),
+        **_counts(used),
         options=options,
         rows=used,
+        places=[draw.place(row) for row in used],
+        dropped=draw.dropped,
         pad_id=_pad_id(tokenizer),
         labels=encoder.labels if isinstance(encoder, ClassificationEncoder) else None,
         held_out=held_out,
     )
 
 
-class _Encoder(Protocol):
-    """What turns each row of one source into tokens."""
+class _Counts(TypedDict):
+    rows_used: int
+    rows_truncated: int
+    num_tokens: int
+    num_label_tokens: int
+    sha256: str
 
-    @property
-    def format(self) -> Format: ...
 
-    def encode(self, row: Row, number: int) -> TokenRow: ...
+def _counts(used: Sequence[TokenRow]) -> _Counts:
+    """What a sample's record says of its rows."""
+    return {
+        "rows_used": len(used),
+        "rows_truncated": sum(row.truncated for row in used),
+        "num_tokens": sum(len(row.input_ids) for row in used),
+        "num_label_tokens": sum(row.num_targets for row in used),
+        "sha256": digest(used),
+    }
 
 
-def _encoder(rows: Rows, tokenizer: PreTrainedTokenizerBase, options: DataOptions, labels: Labels | None) -> _Encoder:
+def _encoder(rows: Rows, tokenizer: PreTrainedTokenizerBase, options: DataOptions, labels: Labels | None) -> RowEncoder:
     columns, max_length = options.columns, options.max_length
     if options.task == "sequence-classification":
         return classification_encoder(rows, tokenizer, columns=columns, labels=labels, max_length=max_length)
@@ -216,33 +243,6 @@ def digest(rows: Sequence[TokenRow]) -> str:
     for row in rows:
         state.update(row.to_bytes())
     return state.hexdigest()
-
-
-def _draw(rows: Rows, encoder: _Encoder, options: DataOptions) -> tuple[list[TokenRow], list[TokenRow], int]:
-    """The rows used, those of other content after them, and how many were dropped before there were enough."""
-    used: list[TokenRow] = []
-    beyond: list[TokenRow] = []
-    contents: set[bytes] = set()
-    num_dropped = 0
-    for index in _order(len(rows), options):
-        row = encoder.encode(rows[index], index + 1)
-        if not row.num_targets:
-            num_dropped += 1
-        elif len(used) < options.samples:
-            used.append(row)
-            contents.add(row.to_bytes())
-        elif row.to_bytes() not in contents:
-            beyond.append(row)
-        if len(used) == options.samples and len(beyond) == options.held_out:
-            break
-    return used, beyond, num_dropped
-
-
-def _order(available: int, options: DataOptions) -> list[int]:
-    if available <= options.samples and not options.held_out:
-        return list(range(available))
-    order: list[int] = torch.randperm(available, generator=torch.Generator().manual_seed(options.seed)).tolist()
-    return order
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -22,7 +22,7 @@ from .errors import ConfigError, LoraOneError
 from .watch import Watch
 
 if TYPE_CHECKING:
-    from .gradients import LayerGradient
+    from .collector import LayerGradient
 
 T = TypeVar("T")
 
@@ -76,21 +76,26 @@ class Group:
         return values  # type: ignore[return-value]
 
     def share(self, gradients: Iterable[LayerGradient]) -> Iterator[LayerGradient]:
-        waiting = sorted(gradients, key=lambda gradient: gradient.G.numel())  # those of a block are there in any case
+        waiting = sorted(gradients, key=lambda gradient: gradient.numel)  # those of a block are there in any case
         mine, load = [], [0] * self.size
         while waiting:
             gradient = waiting.pop()  # the largest first: the others fill up what it leaves uneven
             owner = min(range(self.size), key=lambda rank: (load[rank], self._owned[rank]))
-            load[owner] += gradient.G.numel()
-            self._owned[owner] += gradient.G.numel()
-            G = gradient.G.to(self.device).contiguous()
-            with _exchange():
-                dist.reduce(G, dst=owner, group=self._tensors)
+            load[owner] += gradient.numel
+            self._owned[owner] += gradient.numel
+            parts = tuple(self._sum(part, owner) for part in gradient.parts)
             if owner == self.rank:
-                mine.append(replace(gradient, G=G))
-            del gradient, G
+                mine.append(replace(gradient, parts=parts))
+            del gradient, parts
         while mine:
             yield mine.pop()
+
+    def _sum(self, part: torch.Tensor, owner: int) -> torch.Tensor:
+        """Of all ranks; right on the owner alone."""
+        total = part.to(self.device).contiguous()
+        with _exchange():
+            dist.reduce(total, dst=owner, group=self._tensors)
+        return total
 
     @contextmanager
     def first(self) -> Iterator[None]:

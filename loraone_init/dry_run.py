@@ -23,20 +23,26 @@ from .memory import describe_size, used_memory
 from .models import OpenModel
 from .placement import Place
 from .report import count, describe_sample
+from .sample_size import Growth
 from .targets import layer_shape, select_targets
 
 
-def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any]:
-    """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would."""
+def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth | None = None) -> dict[str, Any]:
+    """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would.
+
+    growth: of the sample, which is then all rows that it may have; the figures are those of growing up to them.
+    """
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
     config, limits = rank_limits(targets, config)
     budget = config.rank_budget
     ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
-    memory = estimate_memory(opened, targets, sample.batches)
+    memory = estimate_memory(opened, targets, sample.batches, in_halves=growth is not None)
+    sizes = growth.sizes(len(sample.rows)) if growth else [len(sample.rows)]
     program = used_memory(opened.device)
     held_out = len(sample.held_out)
     evaluated = held_out * expected_passes(config.gamma, held_out=True) if held_out else None
+    seconds = estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated)
     return {
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
@@ -45,11 +51,12 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig) -> dict[str, Any
         "rank_budget": None if budget is None else {"total": ranks, "least": 1, "most": max(limits.values())},
         "parameters": round(ranks / len(limits) * sum(sum(layer_shape(module)) for module in targets.values())),
         "sample": sample.facts(),
+        "growth": {"samples": sizes, "tolerance": growth.tolerance} if growth else None,
         "device": str(opened.device),
         "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
         "placement": opened.placement,
         "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
-        "seconds": round(estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated), 1),
+        "seconds": round(seconds * sum(sizes) / sizes[-1], 1),
     }
 
 
@@ -79,6 +86,7 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
         "inputs": "inputs of all blocks",
         "working": "a micro-batch",
     }
+    at_most = "at most " if content["growth"] else ""
     for label, value in (
         ("base", str(content["base"])),
         ("layers", f"{sum(kind['count'] for kind in content['layers'])} {ranks}"),
@@ -87,15 +95,24 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
             for kind in content["layers"]
         ],
         ("parameters", f"{content['parameters']:,}{' if all ranks were equal' if budget else ''}"),
-        ("data", describe_sample(content["sample"])),
+        ("data", at_most + describe_sample(content["sample"])),
+        *([("samples", _describe_growth(content["growth"]))] if content["growth"] else []),
         ("computed in", f"{content['dtype']} on {content['device']}"),
         ("placement", _PLACEMENTS[content["placement"]]),
         ("memory", f"about {describe_size(memory['total'])}"),
         *[("", f"{describe_size(memory[key])} {what}") for key, what in parts.items()],
-        ("time", f"about {count(max(1, round(content['seconds'])), 'second')}, by this machine's matrix rate now"),
+        (
+            "time",
+            f"{at_most}about {count(max(1, round(content['seconds'])), 'second')}, by this machine's matrix rate now",
+        ),
     ):
         table.add_row(label, Text(value))
     Console().print(table)
+
+
+def _describe_growth(growth: Mapping[str, Any]) -> str:
+    sizes = ", ".join(map(str, growth["samples"]))
+    return f"{sizes}, until two halves agree to {1 - growth['tolerance']:g}"
 
 
 _PLACEMENTS: dict[Place, str] = {

@@ -37,7 +37,7 @@ class Memory:
 
     outside:   weights that are always there: those that belong to no block, or all where none come and go.
     block:     weights that come and go: of the largest block; of two, where the next one comes ahead.
-    gradients: of that block's target layers, and a copy of the largest for its SVD.
+    gradients: of that block's target layers, and a copy of the largest for its SVD; twice as much in halves.
     inputs:    of all blocks, for the whole sample: kept from the forward to the backward.
     working:   what one block computes for the largest micro-batch, or the head for its chunk of logits.
     """
@@ -58,14 +58,19 @@ class Memory:
         return self.outside + self.inputs + self.to_come
 
 
-def estimate_memory(opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any]) -> Memory:
-    """For batches with input_ids; of others nothing is known, so that inputs and working are 0."""
+def estimate_memory(
+    opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], in_halves: bool = False
+) -> Memory:
+    """For batches with input_ids; of others nothing is known, so that inputs and working are 0.
+
+    in_halves: each layer has two sums, one for each half of the sample.
+    """
     tensors = [*opened.module.named_parameters(), *opened.module.named_buffers()]
     blocks = {block: [t for name, t in tensors if name.startswith(f"{block}.")] for block in opened.stack.names}
     block = max((_bytes(inside) for inside in blocks.values()), default=0)
     everything = _bytes([t for _, t in tensors])
     copies = _BLOCKS_AT_ONCE[opened.placement, opened.device.type == "cpu"]
-    gradients = [_gradient_bytes(targets, name) for name in opened.stack.names]
+    gradients = [_gradient_bytes(targets, name, in_halves) for name in opened.stack.names]
     read = [batch for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
     tokens = [list(num_tokens(opened, batch).values()) for batch in read]
     size = _element_size(opened.module)
@@ -139,11 +144,11 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _gradient_bytes(targets: Mapping[str, nn.Module], block: str) -> int:
-    """fp32 (fp64 for an fp64 model); the largest is there twice while its SVD runs."""
+def _gradient_bytes(targets: Mapping[str, nn.Module], block: str, in_halves: bool) -> int:
+    """fp32 (fp64 for an fp64 model); the largest is there twice while its SVD runs. In halves, their sum is as well."""
     inside = [module for name, module in targets.items() if name.startswith(f"{block}.")]
     sizes = [_num_weights(module) * max(4, _weight_size(module)) for module in inside]
-    return sum(sizes) + max(sizes, default=0)
+    return (2 if in_halves else 1) * (sum(sizes) + max(sizes, default=0))
 
 
 def _graph_elements(opened: OpenModel) -> float:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,98 +11,13 @@ import torch
 from torch import nn
 
 from .activations import ActivationBudget
+from .collector import Collector, LayerGradient
 from .errors import DataError, ModelError, NumericalError
-from .experts import ExpertLinear
 from .halving import MicroBatches, TooLargeError
 from .monitor import Monitor
 from .objective import Objective, RowLosses
-from .products import add_product
 from .ranks import Alone, Ranks
 from .streaming import BlockStack, Trace, stream_backward, stream_forward
-from .targets import layer_shape
-
-WIDE_TOKENS = 2048
-"""Tokens that are multiplied into a layer's gradient at a time."""
-
-
-@dataclass(frozen=True)
-class LayerGradient:
-    """G = ∇_W L (out, in) of one layer, fp32 (fp64 for an fp64 model)."""
-
-    name: str
-    G: torch.Tensor
-
-
-class Collector:
-    """Sums dYᵀX of the target layers, in fp32 or better whatever the model's dtype.
-
-    The gradient of the weight itself is never asked for: a layer's input is kept by a forward hook and multiplied
-    with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike.
-    Products wait until `WIDE_TOKENS` tokens are together: narrow ones spend their time on reading and writing the sum.
-    """
-
-    def __init__(self, targets: Mapping[str, nn.Module]) -> None:
-        self._targets = dict(targets)
-        self._sums: dict[str, torch.Tensor] = {}
-        self._waiting: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Inside, every differentiated call of a target layer adds to its sum."""
-        with ExitStack() as stack:
-            for name, module in self._targets.items():
-                hook = module.register_forward_hook(partial(self._after_forward, name), with_kwargs=True)
-                stack.callback(hook.remove)
-            yield
-
-    def take(self, name: str, count: float) -> LayerGradient:
-        """The finished gradient of the layer, sum / count; exactly zero if no gradient reached it. Drops the sum."""
-        self._multiply(name)
-        G = self._sums.pop(name, None)
-        if G is None:
-            module = self._targets[name]
-            tensors = [module.weight] if isinstance(module, ExpertLinear) else module.parameters()
-            floating = (t.dtype for t in tensors if t.is_floating_point())
-            dtype = torch.promote_types(next(floating, torch.float32), torch.float32)  # as other ranks' sums have it
-            return LayerGradient(name, torch.zeros(layer_shape(module), dtype=dtype))
-        return LayerGradient(name, G.div_(count))
-
-    def _after_forward(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-    ) -> torch.Tensor | None:
-        if not torch.is_grad_enabled():
-            return None
-        x = args[0] if args else next(iter(kwargs.values()))
-        if not output.requires_grad:  # below, nothing needs a gradient: start the graph here
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output.register_hook(partial(self._add, name, x.detach(), x._version))
-        return output
-
-    def _add(self, name: str, x: torch.Tensor, version: int, dY: torch.Tensor) -> None:
-        if x._version != version:  # the product would be of another x, and nothing else would notice
-            raise ModelError(f"the input of layer {name} is changed in place after the layer; its gradient is lost")
-        self._waiting[name].append((_own(dY.reshape(-1, dY.shape[-1])), _own(x.reshape(-1, x.shape[-1]))))
-        if sum(len(X) for _, X in self._waiting[name]) >= _wide(self._targets[name]):
-            self._multiply(name)
-
-    def _multiply(self, name: str) -> None:
-        """Add the products that wait to the layer's sum."""
-        waiting = self._waiting.pop(name, [])
-        if not waiting:
-            return
-        dY, X = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
-        self._sums[name] = add_product(self._sums.get(name), dY, X)
-
-
-def _wide(module: nn.Module) -> int:
-    """Tokens that wait, at most. Of many experts' tokens no more than take the memory of their gradients."""
-    rows, columns = layer_shape(module)
-    return min(WIDE_TOKENS, rows * columns // (rows + columns)) if isinstance(module, ExpertLinear) else WIDE_TOKENS
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, not a part of a larger one (all experts' tokens), which would be kept alive with it."""
-    return tensor if tensor.untyped_storage().nbytes() <= tensor.nbytes else tensor.clone()
 
 
 def stream_gradients(
@@ -116,12 +28,14 @@ def stream_gradients(
     monitor: Monitor | None = None,
     budget: ActivationBudget | None = None,
     ranks: Ranks | None = None,
+    halves: Sequence[int] | None = None,
 ) -> tuple[list[RowLosses], Iterator[LayerGradient]]:
     """Losses of all batches, and the gradient of their overall mean for every target layer.
 
     budget: memory for what the forward computes and the backward needs; without it, that is computed again.
     ranks:  the processes that share the work, one by default: `batches` and the losses are this one's, which may be
             none; the mean is that of all, and the gradients are those that this one is to decompose.
+    halves: to which half of the sample, 0 or 1, each batch belongs; gradients then come in two parts.
 
     The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
     mode with frozen parameters. Micro-batches that do not fit in memory are halved, and both begin anew.
@@ -130,7 +44,7 @@ def stream_gradients(
     single row does not fit in memory.
     """
     ranks = ranks or Alone()
-    gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), ranks)
+    gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), ranks, halves)
     losses = gradients.forward(budget)
     order, count = _agree(stack, gradients.traces, losses, ranks)
     return losses, gradients.backward(order, count)
@@ -147,6 +61,7 @@ class _Pass:
         batches: MicroBatches,
         monitor: Monitor,
         ranks: Ranks,
+        halves: Sequence[int] | None,
     ) -> None:
         self.traces: list[Trace] = []
         self._stack = stack
@@ -155,7 +70,8 @@ class _Pass:
         self._batches = batches
         self._monitor = monitor
         self._ranks = ranks
-        self._collector = Collector(targets)
+        self._halves = halves
+        self._collector = self._new_collector()
         self._shared: set[int] = set()  # blocks whose gradients have gone out
 
     def forward(self, budget: ActivationBudget | None) -> list[RowLosses]:
@@ -171,14 +87,14 @@ class _Pass:
                 break
             except TooLargeError as error:
                 index, block = error.index, error.block
-            self.traces, self._collector = [], Collector(self._waiting)
+            self.traces, self._collector = [], self._new_collector()
             self._batches.halve(index, block)
             self.forward(None)
         # layers outside of all blocks, or never reached
         yield from self._ranks.share(self._collector.take(name, count) for name in self._waiting)
 
     def _forward(self, parts: list[Any], budget: ActivationBudget | None) -> list[RowLosses]:
-        self._collector = Collector(self._waiting)
+        self._collector = self._new_collector()
         trained = frozenset(i for i, block in enumerate(self._stack.names) if _within(self._waiting, block))
         losses: dict[int, RowLosses] = {}
 
@@ -189,12 +105,20 @@ class _Pass:
         with self._monitor.timed("forward"), self._collector.attached(), self._objective.active():
             forwards = [partial(self._objective.forward, part) for part in parts]
             on_step = partial(self._monitor.step, "forward")
-            self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, budget)
+            self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, budget, self._turn)
         return self._batches.merge([losses[index] for index in range(len(parts))])
+
+    def _new_collector(self) -> Collector:
+        return Collector(self._waiting, 1 if self._halves is None else 2)
+
+    def _turn(self, index: int) -> None:
+        """What comes now is of this micro-batch."""
+        if self._halves is not None:
+            self._collector.turn_to(self._halves[self._batches.of[index]])
 
     def _backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
         with self._collector.attached():
-            for done, block in enumerate(stream_backward(self._stack, self.traces, order), start=1):
+            for done, block in enumerate(stream_backward(self._stack, self.traces, order, self._turn), start=1):
                 self._monitor.step("backward", done, len(order))
                 if block in self._shared:  # by the pass that was broken off
                     continue

@@ -46,7 +46,7 @@ class MicroBatches:
 
     def __init__(self, batches: Sequence[Any], stack: BlockStack) -> None:
         self._stack = stack
-        self._of: list[int] = list(range(len(batches)))  # which batch each part is of
+        self.of: list[int] = list(range(len(batches)))  # which batch each part is of
         self.parts: list[Any] = list(batches)
         self._split()
 
@@ -83,7 +83,7 @@ class MicroBatches:
     def merge(self, losses: Sequence[RowLosses]) -> list[RowLosses]:
         """Of the parts' losses, those of the batches, rows in their order."""
         merged: dict[int, list[RowLosses]] = {}
-        for batch, part in zip(self._of, losses, strict=True):
+        for batch, part in zip(self.of, losses, strict=True):
             merged.setdefault(batch, []).append(part)
         return [
             parts[0]
@@ -99,10 +99,10 @@ class MicroBatches:
             return
         pairs = [
             (batch, half)
-            for batch, part in zip(self._of, self.parts, strict=True)
+            for batch, part in zip(self.of, self.parts, strict=True)
             for half in _halves_below(part, limit)
         ]
-        self._of, self.parts = [batch for batch, _ in pairs], [part for _, part in pairs]
+        self.of, self.parts = [batch for batch, _ in pairs], [part for _, part in pairs]
 
     def _cannot_fit(self, part: Any, block: int | None, device: torch.device) -> ResourceError:
         free = free_memory(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from statistics import median
@@ -15,6 +16,7 @@ from .comparison import Comparison
 from .inspection import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import short_kinds
 from .rank_budget import describe_ranks
+from .sample_size import GrowthReport, describe_growth
 
 MAX_ANOMALIES = 20
 
@@ -35,6 +37,7 @@ def render_page(
         _anomalies(anomalies),
         *(_of_stack(stack, layers) for stack, layers in _stacks(facts).items()),
         _losses(adapter),
+        _growth(adapter.growth) if adapter.growth else "",
         _comparison(facts, comparison, other_name) if comparison else "",
         _provenance(adapter),
         _layers(facts),
@@ -191,6 +194,18 @@ def _search(adapter: Adapter) -> str:
     return _figure("Held-out loss against γ", text, search_chart(loss.curve, loss.before, adapter.gamma))
 
 
+def _growth(growth: GrowthReport) -> str:
+    stages = [stage for stage in growth.stages if stage.agreement_median is not None]
+    lines = {
+        "halves agree, median": [(stage.samples, stage.agreement_median or 0.0) for stage in stages],
+        "halves agree, least": [(stage.samples, stage.agreement_min or 0.0) for stage in stages],
+        "captured energy, median": [(stage.samples, stage.captured_energy or 0.0) for stage in stages],
+    }
+    drawn = line_chart([Series(name, points) for name, points in lines.items()], "samples")
+    figure = _figure("Sample size", "Mean cos² between the halves' rank-r subspaces, over layers", drawn)
+    return f"<section><h2>Sample</h2><p>{escape(describe_growth(asdict(growth)))}.</p>{figure}</section>"
+
+
 def _comparison(facts: Sequence[LayerFacts], comparison: Comparison, other_name: str) -> str:
     layers = comparison.layers
     largest = [max(both.output_angles + both.input_angles) for both in layers.values()]
@@ -242,7 +257,9 @@ def _provenance(adapter: Adapter) -> str:
 
 
 def _layers(facts: Sequence[LayerFacts]) -> str:
+    in_halves = any(fact.report.agreement for fact in facts)
     head = ["layer", "out × in", "rank", "start", "‖G‖", "σ₁", "σ_r/σ₁", "captured", "sin∠", "‖ΔW‖"]
+    head += ["halves agree"] if in_halves else []
     rows = []
     for fact in facts:
         report = fact.report
@@ -259,6 +276,7 @@ def _layers(facts: Sequence[LayerFacts]) -> str:
                 f"{report.captured_energy:.1%}",
                 "no gap" if report.sine is None else f"{report.sine:.0e}",
                 f"{fact.step_norm:.3g}",
+                *([f"{min(report.agreement):.2f}" if report.agreement else "–"] if in_halves else []),
             ]
         )
     count = len(by_depth(list(facts)))

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from .activations import ActivationBudget
 from .adapter import Adapter
 from .classification import SequenceClassification
+from .collector import LayerGradient
 from .config import AUTO, InitConfig
 from .errors import ConfigError, DataError, ModelError
 from .evaluation import Forwards, evaluate_step
 from .experts import expert_stacks, experts_as_layers, renamed_targets
 from .factors import shortened
-from .gradients import LayerGradient, stream_gradients
+from .gradients import stream_gradients
+from .growing import Drawn, Samples, batches_of
 from .heads import saved_tensors
 from .held_out import HELD_OUT
 from .kept import keeping
-from .layer_starts import decompose, rank_limits, start_layers
+from .layer_starts import Decomposition, decompose, rank_limits, start_layers
 from .models import OpenModel, open_module
 from .monitor import Monitor
 from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
 from .quantized import computed_dtype, differentiable, quantization_method
 from .ranks import Alone, Piece, Ranks, share_of
 from .room import Room, find_room
+from .sample_size import Growth
 from .seq2seq import Seq2SeqLM
-from .svd import TruncatedSVD
 from .targets import is_conv1d, select_targets
 from .tasks import NAMES
 
@@ -47,6 +51,7 @@ def initialize(
     max_memory: int | None = None,
     monitor: Monitor | None = None,
     ranks: Ranks | None = None,
+    growth: Growth | None = None,
 ) -> Adapter:
     """The LoRA-One adapter of `model` for `batches`; the model is left as it was.
 
@@ -63,6 +68,9 @@ def initialize(
     monitor: is told of progress and keeps the seconds of each stage.
     ranks:   the processes that share the work, this one alone by default; each is given all batches and returns the
              same adapter.
+    growth:  how to take only as many of the rows as are needed, those drawn first (of a sequence, batches); None takes
+             all. The adapter equals that of a sample of that size to 1e-5. The passes over the smaller samples take
+             about as long as the last one, and gradients twice the memory.
 
     Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large, γ to be searched with nothing held
     out), DataError (nothing to train on), NumericalError (a loss or gradient is not finite; names the layer).
@@ -71,7 +79,7 @@ def initialize(
     monitor = monitor or Monitor()
     ranks = ranks or Alone()
     opened = _opened(model, config)
-    rows: list[Any] = list(getattr(batches, "batches", batches))  # type: ignore[arg-type]
+    rows = batches_of(batches)
     others = _held_out(batches, held_out, config)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
@@ -81,26 +89,29 @@ def initialize(
         raise DataError("there are no batches; give at least one")
     objective.check([*rows, *others])
     by_row = loss is None
-    mine = share_of(rows, ranks.rank, ranks.size, by_row)
-    own = [piece.batch for piece in mine]
-    room = find_room(opened, targets, [*own, *others], max_memory)
+    own = [piece.batch for piece in share_of(rows, ranks.rank, ranks.size, by_row)]
+    room = find_room(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)
+    samples = Samples(batches, growth, by_row)
     with _ready(opened, targets, room):
-        losses, gradients = stream_gradients(opened.stack, targets, objective, own, monitor, room.activations, ranks)
-        svds = _collect(ranks, _decompose_layers(gradients, limits, config.seed, monitor))
-        with monitor.timed("svd"):
-            svds = {name: svds[name] for name in targets}
-            pairs, layers = start_layers(svds, expert_stacks(targets), config)
-        joined = _join_losses(ranks, mine, losses)
+        for drawn in samples:
+            budget = copy(room.activations)  # a pass uses it up
+            losses, decomposed = _one_pass(
+                drawn, opened, targets, objective, limits, config, budget, monitor, ranks, by_row
+            )
+            with monitor.timed("svd"):
+                pairs, layers = start_layers(decomposed, expert_stacks(targets), config)
+            samples.judge(layers.values())
         forwards = Forwards(opened.stack, objective, monitor, ranks, by_row)
         with monitor.timed("evaluate"):
-            gamma, report = evaluate_step(forwards, rows, joined, others, pairs, targets, config)
+            gamma, report = evaluate_step(forwards, drawn.batches, losses, others, pairs, targets, config)
     return Adapter(
         pairs={name: shortened(pairs.pop(name), gamma, layers[name].rank) for name in targets},
         config=replace(config, block_path=opened.block_path, gamma=gamma),
         layers={name: layers[name] for name in targets},
         loss=report,
         base=_base(opened, targets),
-        sample=_describe(batches),
+        sample=_describe(samples.used),
+        growth=samples.report(),
         task_type=NAMES[opened.task].peft if loss is None else None,
         saved=saved_tensors(opened.module, saved),
         fan_in_fan_out=any(map(is_conv1d, targets.values())),
@@ -145,6 +156,28 @@ def _ready(opened: OpenModel, targets: Mapping[str, nn.Module], room: Room) -> I
         yield
 
 
+def _one_pass(
+    drawn: Drawn,
+    opened: OpenModel,
+    targets: Mapping[str, nn.Module],
+    objective: Objective,
+    limits: Mapping[str, int],
+    config: InitConfig,
+    budget: ActivationBudget | None,
+    monitor: Monitor,
+    ranks: Ranks,
+    by_row: bool,
+) -> tuple[list[RowLosses], dict[str, Decomposition]]:
+    """The losses of a sample's batches, and the decompositions of all layers' gradients, on every rank."""
+    mine = share_of(drawn.parts, ranks.rank, ranks.size, by_row)
+    own = [piece.batch for piece in mine]
+    losses, gradients = stream_gradients(
+        opened.stack, targets, objective, own, monitor, budget, ranks, drawn.halves_of(mine)
+    )
+    decomposed = _collect(ranks, _decompose_layers(gradients, limits, config, monitor))
+    return drawn.losses(_join_losses(ranks, mine, losses)), {name: decomposed[name] for name in targets}
+
+
 def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str | None]:
     """What the adapter records of the model it is for."""
     return {
@@ -157,24 +190,23 @@ def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str 
 
 
 def _decompose_layers(
-    gradients: Iterator[LayerGradient], limits: Mapping[str, int], seed: int, monitor: Monitor
-) -> dict[str, TruncatedSVD]:
+    gradients: Iterator[LayerGradient], limits: Mapping[str, int], config: InitConfig, monitor: Monitor
+) -> dict[str, Decomposition]:
     """Takes the gradients one by one; each is dropped before the next is asked for."""
-    svds: dict[str, TruncatedSVD] = {}
+    decomposed: dict[str, Decomposition] = {}
     while True:
         with monitor.timed("backward"):
             gradient = next(gradients, None)
         if gradient is None:
-            return svds
+            return decomposed
         with monitor.timed("svd"):
-            svd = decompose(gradient, limits[gradient.name], seed)
-            svds[gradient.name] = svd.on_host()  # the device holds nothing that grows with the number of layers
-        del gradient, svd
+            decomposed[gradient.name] = decompose(gradient, limits[gradient.name], config)
+        del gradient
 
 
-def _collect(ranks: Ranks, svds: dict[str, TruncatedSVD]) -> dict[str, TruncatedSVD]:
+def _collect(ranks: Ranks, decomposed: dict[str, Decomposition]) -> dict[str, Decomposition]:
     """The layers of all ranks: each has decomposed its own."""
-    return {name: svd for part in ranks.gather(svds) for name, svd in part.items()}
+    return {name: found for part in ranks.gather(decomposed) for name, found in part.items()}
 
 
 def _join_losses(ranks: Ranks, pieces: Sequence[Piece], losses: Sequence[RowLosses]) -> list[RowLosses]:

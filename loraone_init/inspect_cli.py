@@ -96,6 +96,7 @@ def _as_json(
         "loss": asdict(adapter.loss),
         "anomalies": [asdict(anomaly) for anomaly in anomalies],
         "layers": {fact.name: {**asdict(fact.report), "step_singular_values": fact.step} for fact in facts},
+        "growth": asdict(adapter.growth) if adapter.growth else None,
         "comparison": asdict(comparison) if comparison else None,
     }
 

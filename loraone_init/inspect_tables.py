@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from statistics import median
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from .inspection import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import place_of
 from .rank_budget import describe_ranks
 from .report import count
+from .sample_size import describe_growth
 from .step_length import describe_search
 
 MAX_ANOMALIES = 12
@@ -35,8 +37,11 @@ def print_adapter(
     depths = {_joined(stack, str(depth)): group for (stack, depth), group in by_depth(layers).items()}
     if depths:
         console.print(_table("block", depths, several))
+    single = {fact.name: [fact] for fact in layers}
     if every_layer:
-        console.print(_table("layer", {fact.name: [fact] for fact in layers}, several))
+        console.print(_table("layer", single, several))
+    if adapter.growth is not None:
+        console.print(_agreement_table(single if every_layer else kinds))
 
 
 def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> None:
@@ -81,6 +86,8 @@ def _print_head(console: Console, adapter: Adapter) -> None:
     }
     if loss.curve:
         lines["γ"] = describe_search(adapter.gamma, loss.curve)
+    if adapter.growth is not None:
+        lines["samples"] = describe_growth(asdict(adapter.growth))
     if adapter.training is not None:
         first, last = adapter.training["first_loss"], adapter.training["last_loss"]
         told = f", loss {first:.4f} → {last:.4f}" if first is not None else ""
@@ -141,6 +148,20 @@ def _ratio(reports: Sequence[LayerReport]) -> str:
     """Median of σ_r/σ₁."""
     ratios = [r.singular_values[-1] / r.singular_values[0] for r in reports if r.singular_values[0] > 0]
     return f"{median(ratios):.3f}" if ratios else "–"
+
+
+def _agreement_table(groups: dict[str, list[LayerFacts]]) -> Table:
+    """How far the halves of the sample agree in each group: medians, and the least of all."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("halves of the sample agree", no_wrap=True)
+    for column in ("outputs", "inputs", "least", "left out"):
+        table.add_column(column, justify="right")
+    for name, layers in groups.items():
+        sides = [fact.report.agreement for fact in layers if fact.report.agreement is not None]
+        columns = [*map(median, zip(*sides, strict=True)), min(map(min, sides))] if sides else []
+        cells = [f"{value:.2f}" for value in columns] or ["–"] * 3
+        table.add_row(Text(name), *cells, str(len(layers) - len(sides)))
+    return table
 
 
 def _joined(stack: str, name: str) -> str:

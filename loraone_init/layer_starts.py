@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from .adapter import LayerReport
+from .collector import LayerGradient
 from .config import InitConfig
 from .errors import ConfigError, NumericalError
 from .expert_layout import ExpertStack
 from .factors import LoraPair, spectral_init
-from .gradients import LayerGradient
 from .rank_budget import choose_ranks
+from .split_half import split_half_agreement
 from .svd import TruncatedSVD, layer_generator, truncated_svd
 from .targets import layer_shape
 
@@ -36,35 +37,52 @@ def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[I
     return config, dict.fromkeys(shapes, config.rank)
 
 
-def decompose(gradient: LayerGradient, rank: int, seed: int) -> TruncatedSVD:
-    """G ≈ U·diag(S)·Vh of this rank. Raises NumericalError, with the layer's name, where G is not finite."""
+@dataclass(frozen=True)
+class Decomposition:
+    """What is left of a gradient when it is gone, on the host: the device holds nothing that grows with the layers.
+
+    agreement: of the sample's halves, where they were told apart (`split_half_agreement`).
+    """
+
+    svd: TruncatedSVD
+    agreement: tuple[float, float] | None
+
+
+def decompose(gradient: LayerGradient, limit: int, config: InitConfig) -> Decomposition:
+    """G ≈ U·diag(S)·Vh of rank `limit`. Raises NumericalError, with the layer's name, where G is not finite."""
     try:
-        return truncated_svd(gradient.G, rank, generator=layer_generator(seed, gradient.name))
+        svd = truncated_svd(gradient.G, limit, generator=layer_generator(config.seed, gradient.name))
+        in_halves = len(gradient.parts) == 2
+        agreement = split_half_agreement(gradient, min(config.rank, limit), config.seed) if in_halves else None
     except NumericalError as error:
         raise NumericalError(
             f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision, --dtype"
             " float32 may help"
         ) from error
+    return Decomposition(svd.on_host(), agreement)
 
 
 def start_layers(
-    svds: dict[str, TruncatedSVD], experts: Mapping[str, ExpertStack], config: InitConfig
+    decomposed: dict[str, Decomposition], experts: Mapping[str, ExpertStack], config: InitConfig
 ) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
-    """Factors of the ranks that the budget gives, if there is one; takes the decompositions out of `svds`."""
-    ranks = {name: config.rank for name in svds}
+    """Factors of the ranks that the budget gives, if there is one; takes the decompositions out of `decomposed`."""
+    ranks = {name: config.rank for name in decomposed}
     if config.rank_budget is not None:
+        svds = {name: found.svd for name, found in decomposed.items()}
         ranks = choose_ranks(svds, config.rank_budget.total(len(svds)), experts)
+        del svds
     pairs: dict[str, LoraPair] = {}
     layers: dict[str, LayerReport] = {}
     for name, rank in ranks.items():
-        svd = svds.pop(name).first(rank)
+        found = decomposed.pop(name)
+        svd = found.svd.first(rank)
         rows = layer_generator(config.seed, f"{name}, standard rows")
         pairs[name] = spectral_init(svd.U, svd.S, svd.Vh, 1.0, rows, rank=svd.rank)  # γ comes last
-        layers[name] = _report(svd)
+        layers[name] = _report(svd, found.agreement)
     return pairs, layers
 
 
-def _report(svd: TruncatedSVD) -> LayerReport:
+def _report(svd: TruncatedSVD, agreement: tuple[float, float] | None) -> LayerReport:
     rank = len(svd.S)
     return LayerReport(
         shape=(len(svd.U), svd.Vh.shape[1]),
@@ -77,4 +95,5 @@ def _report(svd: TruncatedSVD) -> LayerReport:
         svd_method=svd.method,
         svd_iterations=svd.iterations,
         init="spectral" if svd.rank == rank else "partial" if svd.rank else "standard",
+        agreement=agreement,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from .gradients import LayerGradient
+    from .collector import LayerGradient
 
 T = TypeVar("T")
 
@@ -123,7 +123,14 @@ def _units(batch: Any, by_row: bool) -> tuple[int, int]:
     if not (isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor)):
         return 1, 1
     ids = batch["input_ids"]
-    rows = len(ids)
-    if by_row and all(isinstance(t, torch.Tensor) and t.ndim and len(t) == rows for t in batch.values()):
-        return rows, ids[0].numel()
-    return 1, ids.numel()
+    rows = num_rows(batch) if by_row else None
+    return (1, ids.numel()) if rows is None else (rows, ids[0].numel())
+
+
+def num_rows(batch: Any) -> int | None:
+    """Of a batch that can be divided: a mapping whose tensors all have its rows; None for any other."""
+    if not (isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor)):
+        return None
+    rows = len(batch["input_ids"])
+    alike = all(isinstance(t, torch.Tensor) and t.ndim and len(t) == rows for t in batch.values())
+    return rows if alike else None

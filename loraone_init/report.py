@@ -23,6 +23,7 @@ from .expert_layout import expert_names
 from .labels import describe_labels
 from .memory import describe_size, peak_memory
 from .monitor import Monitor, Stage
+from .sample_size import describe_growth
 from .step_length import describe_search
 from .trainers import lines_for_trainers
 
@@ -93,6 +94,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "layers_without_gap": len(adapter.layers) - len(sines),
         "layers_not_spectral": {name: layer.init for name, layer in adapter.layers.items() if layer.init != "spectral"},
         "sample": dict(adapter.sample),
+        "growth": None if adapter.growth is None else asdict(adapter.growth),
         "loss": asdict(adapter.loss),
         "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
         "processes": len(processes),
@@ -150,6 +152,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         ("layers", f"{summary['layers']} of rank {_describe_ranks(summary)}, {summary['parameters']:,} parameters"),
         *([("experts", _describe_experts(summary["experts"]))] if summary["experts"] else []),
         ("data", describe_sample(sample)),
+        *([("samples", describe_growth(summary["growth"]))] if summary["growth"] else []),
         (
             "captured energy",
             f"{summary['captured_energy_min']:.1%} min, {summary['captured_energy_median']:.1%} median",

@@ -30,13 +30,17 @@ class Room:
 
 
 def find_room(
-    opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], max_memory: int | None
+    opened: OpenModel,
+    targets: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    max_memory: int | None,
+    in_halves: bool = False,
 ) -> Room:
     """What is left of `max_memory`, or of the free memory, beside all else that a run needs on the device.
 
     Block inputs come first; activations are kept only where a limit is given.
     """
-    to_come = estimate_memory(opened, targets, batches).to_come
+    to_come = estimate_memory(opened, targets, batches, in_halves).to_come
     free = free_memory(opened.device)
     by_what_is_free = None if free is None else max(0, int(_SHARE * free) - to_come)
     host = free_memory(torch.device("cpu"))

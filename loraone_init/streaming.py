@@ -38,6 +38,7 @@ def stream_forward(
     trained: frozenset[int] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
     budget: ActivationBudget | None = None,
+    on_turn: Callable[[int], None] = lambda index: None,
 ) -> list[Trace]:
     """Run each of `forwards` (one for each micro-batch), all of them through a block before the next block.
 
@@ -46,6 +47,7 @@ def stream_forward(
                        forward without gradients, in which nothing is kept.
     on_step:           told the number of block calls that are done, and the number of blocks.
     budget:            for graphs that are kept for the backward; None keeps none.
+    on_turn:           told the number of the micro-batch whose turn it is, whenever that changes.
 
     Raises ModelError where micro-batches call different blocks, or a block changes its inputs in place, TooLargeError
     where memory does not suffice for one of them.
@@ -54,7 +56,7 @@ def stream_forward(
     try:
         with stack.intercepted():
             done = 0
-            while _pass_a_block(stack, passages, finish, budget if done == 0 else None):
+            while _pass_a_block(stack, passages, finish, on_turn, budget if done == 0 else None):
                 done += 1
                 on_step(done, len(stack.names))
     finally:
@@ -67,6 +69,7 @@ def _pass_a_block(
     stack: BlockStack,
     passages: Sequence[_Passage],
     finish: Callable[[int, Any], None],
+    on_turn: Callable[[int], None],
     budget: ActivationBudget | None,
 ) -> bool:
     """Every micro-batch goes on to the next block and through it, one after the other; False where all have finished.
@@ -76,6 +79,7 @@ def _pass_a_block(
     block: int | None = None
     with ExitStack() as weights:
         for index, passage in enumerate(passages):
+            on_turn(index)
             with watched(index, None):
                 request = passage.proceed()
                 if request is None:
@@ -155,10 +159,16 @@ def _different_ways(stack: BlockStack, *blocks: int | None) -> ModelError:
     )
 
 
-def stream_backward(stack: BlockStack, traces: Sequence[Trace], order: Sequence[int] | None = None) -> Iterator[int]:
+def stream_backward(
+    stack: BlockStack,
+    traces: Sequence[Trace],
+    order: Sequence[int] | None = None,
+    on_turn: Callable[[int], None] = lambda index: None,
+) -> Iterator[int]:
     """Back-propagate through all blocks in reverse, all micro-batches through a block at a time.
 
-    order: the blocks as called, which traces tell; a process without any follows the others'.
+    order:   the blocks as called, which traces tell; a process without any follows the others'.
+    on_turn: as in the forward.
     Yields the index of a block when all its gradients have been collected (by hooks on its layers). Traces are
     emptied on the way. Raises TooLargeError where memory does not suffice for one of the micro-batches.
     """
@@ -170,6 +180,7 @@ def stream_backward(stack: BlockStack, traces: Sequence[Trace], order: Sequence[
             if step and traces:
                 stack.store.prefetch(stack.names[order[step - 1]])
             for index, trace in enumerate(traces):
+                on_turn(index)
                 with watched(index, block):
                     backward_block(stack, trace.calls.pop())
         if block not in order[:step]:  # a block that is used again earlier is not done yet

@@ -142,20 +142,8 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
     found, adapter = figures(result), Adapter.load(output)
     assert beside_placement(result.stderr) == ""
     assert set(found) == {
-        *(
-            "output",
-            "output_bytes",
-            "base",
-            "layers",
-            "experts",
-            "parameters",
-            "rank",
-            "ranks",
-            "alpha",
-            "gamma",
-            "scaling",
-        ),
-        *("captured_energy_min", "captured_energy_median", "largest_sine", "layers_without_gap"),
+        *("output", "output_bytes", "base", "layers", "experts", "parameters", "rank", "ranks", "alpha", "gamma"),
+        *("scaling", "captured_energy_min", "captured_energy_median", "largest_sine", "layers_without_gap", "growth"),
         *(
             "layers_not_spectral",
             "sample",

@@ -22,10 +22,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig, PreTrainedModel
 
 from loraone_init import Adapter, InitConfig, initialize
+from loraone_init.collector import Collector
 from loraone_init.errors import ModelError
 from loraone_init.evaluation import applied
 from loraone_init.experts import ExpertLinear, experts_as_layers
-from loraone_init.gradients import Collector, stream_gradients
+from loraone_init.gradients import stream_gradients
 from loraone_init.models import open_module
 from loraone_init.objective import CausalLM
 from loraone_init.targets import select_targets
@@ -161,7 +162,7 @@ def test_tokens_of_many_micro_batches_wait_for_their_expert(monkeypatch):
     """The same sums, however many tokens are multiplied at a time."""
     found = []
     for wide in (1, 2048):
-        monkeypatch.setattr("loraone_init.gradients.WIDE_TOKENS", wide)
+        monkeypatch.setattr("loraone_init.collector.WIDE_TOKENS", wide)
         found.append(initialize(make_moe("mixtral"), make_batches((9, 12, 7, 8)), InitConfig(rank=4)))
     for name, report in found[0].layers.items():
         assert report.gradient_norm == pytest.approx(found[1].layers[name].gradient_norm, rel=1e-12)

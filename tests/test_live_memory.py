@@ -26,6 +26,7 @@ from loraone_init.targets import select_targets
 
 CPU = torch.device("cpu")
 TOKENS, ROWS_AT_ONCE, HIDDEN = 12, 4, 32
+BLOCK = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]  # shapes of its linear layers
 
 
 class Live:
@@ -105,7 +106,11 @@ def directory(tmp_path: Path) -> Callable[[int], Path]:
 
 
 def measure(
-    path: Path, rows: int, device_bytes: int | None = None, budget: ActivationBudget | None = None
+    path: Path,
+    rows: int,
+    device_bytes: int | None = None,
+    budget: ActivationBudget | None = None,
+    in_halves: bool = False,
 ) -> tuple[int, int]:
     """Peaks of the live bytes that the keeper does not know, and of those that it does."""
     batches = make_batches((TOKENS,) * (rows // ROWS_AT_ONCE), rows=ROWS_AT_ONCE)
@@ -117,7 +122,8 @@ def measure(
         live.ignore([tensor for batch in batches for tensor in batch.values()])
         gc.collect()
         with Watch(live):
-            _, gradients = stream_gradients(opened.stack, targets, objective, batches, budget=budget)
+            halves = [2 * index // len(batches) for index in range(len(batches))] if in_halves else None
+            _, gradients = stream_gradients(opened.stack, targets, objective, batches, budget=budget, halves=halves)
             while next(gradients, None) is not None:
                 pass
         return live.peak, sum(keeper.most.values())
@@ -126,7 +132,7 @@ def measure(
 @pytest.fixture(autouse=True)
 def _small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products wait for tokens, up to a fixed number; here each is made at once."""
-    monkeypatch.setattr("loraone_init.gradients.WIDE_TOKENS", 1)
+    monkeypatch.setattr("loraone_init.collector.WIDE_TOKENS", 1)
     monkeypatch.setattr("loraone_init.objective.MAX_LOGITS", 10 * 97)
 
 
@@ -146,6 +152,14 @@ def test_live_bytes_do_not_grow_with_rows(device_bytes: int | None, directory: C
     (few, kept_of_few), (many, kept_of_many) = (measure(directory(4), rows, device_bytes) for rows in (8, 64))
     assert few == many
     assert kept_of_many > kept_of_few
+
+
+def test_live_bytes_in_halves_do_not_grow_with_rows(directory: Callable[[int], Path]) -> None:
+    """Beside what is alive without halves, one block's gradients at most. Two micro-batches a half: both have sums."""
+    few, many = (measure(directory(4), rows, in_halves=True)[0] for rows in (16, 64))
+    assert few == many
+    alone = measure(directory(4), 16)[0]
+    assert alone < few <= alone + 4 * sum(rows * columns for rows, columns in BLOCK)
 
 
 def test_activations_that_are_kept_do_grow(directory: Callable[[int], Path]) -> None:

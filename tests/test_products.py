@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from loraone_init.gradients import Collector
+from loraone_init.collector import Collector
 from loraone_init.products import _fp32_out, add_product
 
 FP32 = 1e-6

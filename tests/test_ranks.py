@@ -22,8 +22,8 @@ from rank_processes import (
 )
 
 from loraone_init import Adapter
+from loraone_init.collector import LayerGradient
 from loraone_init.distributed import Group
-from loraone_init.gradients import LayerGradient
 from loraone_init.objective import RowLosses
 from loraone_init.ranks import Alone, Piece, share_of
 
@@ -146,7 +146,7 @@ def test_layers_are_dealt_out_evenly(size: int, monkeypatch: pytest.MonkeyPatch)
     owned: list[list[LayerGradient]] = [[] for _ in groups]
     for index in range(8):
         for group in groups:
-            gradients = [LayerGradient(f"{index}.{name}", torch.zeros(shape)) for name, shape in block.items()]
+            gradients = [LayerGradient(f"{index}.{name}", (torch.zeros(shape),)) for name, shape in block.items()]
             owned[group.rank] += group.share(gradients)
     names = [gradient.name for mine in owned for gradient in mine]
     assert sorted(names) == sorted(f"{index}.{name}" for index in range(8) for name in block)

@@ -191,7 +191,7 @@ def test_gradients_of_one_block_are_alive_at_a_time():
     stack = BlockStack(model, find_blocks(model), ResidentStore())
     model.requires_grad_(False)
     _, gradients = stream_gradients(stack, targets, CausalLM(model, CPU), make_batches())
-    sums = gradients.gi_frame.f_locals["self"]._collector._sums
+    [sums] = gradients.gi_frame.f_locals["self"]._collector._sums
     for gradient in gradients:
         block = gradient.name.rsplit(".", 2)[0]
         assert all(name.startswith(block) for name in sums)
