@@ -14,7 +14,7 @@ from finetuning.plan import best_rate, losses_by_rate, needed
 from finetuning.presets import PRESETS
 from finetuning.problems import GSM8K, split_gsm8k
 from finetuning.records import append_record, read_records
-from finetuning.runs import Record, Run, train
+from finetuning.runs import Record, Run, how, train
 from finetuning.starts import loraone_adapter, with_random_directions
 
 SETTINGS = PRESETS["quick"]["gsm8k"]  # learning rates 1e-3, 2e-3, 4e-3; seeds 0, 1
@@ -24,7 +24,7 @@ def record(method: str, rate: float, seed: int, loss: float | None) -> Record:
     run = Run("gsm8k", method, 4, rate, seed, curve=seed > 0)
     evaluations = [{"step": step, "loss": loss, "accuracy": 0.5} for step in ((0, 1, 2) if run.curve else (2,))]
     figures = {"loss": loss, "accuracy": 0.5, "evaluations": evaluations, "init_seconds": 1.0, "train_seconds": 2.0}
-    return {**asdict(run), **figures, "settings": json.loads(json.dumps(asdict(SETTINGS)))}
+    return {**asdict(run), **figures, "how": how(SETTINGS)}
 
 
 def sweep(method: str, losses: dict[float, float | None]) -> list[Record]:

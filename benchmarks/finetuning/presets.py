@@ -32,7 +32,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 PRESETS: dict[str, dict[ProblemName, Settings]] = {
     "cpu": {

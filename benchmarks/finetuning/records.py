@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from .presets import ProblemName, Settings
-from .runs import Record
+from .runs import Record, how
 
 
 def read_records(path: Path, settings: dict[ProblemName, Settings]) -> list[Record]:
     """Those of the same settings. A line cut short, by a kill while it was written, is not a run."""
     if not path.exists():
         return []
-    expected = {name: json.loads(json.dumps(asdict(chosen))) for name, chosen in settings.items()}
+    expected = {name: how(chosen) for name, chosen in settings.items()}
     records = []
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["settings"] == expected.get(record["problem"]):
+        if record["how"] == expected.get(record["problem"]):
             records.append(record)
     return records
 

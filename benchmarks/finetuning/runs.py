@@ -76,8 +76,14 @@ def train(run: Run, problem: Problem, settings: Settings, cache: Path, device: t
         "gamma": prepared.gamma,
         "init_seconds": round(prepared.seconds, 2),
         "train_seconds": round(time.process_time() - start - evaluating, 2),
-        "settings": asdict(settings),
+        "how": how(settings),
     }
+
+
+def how(settings: Settings) -> Record:
+    """What has to be the same for runs to be compared; not which of them there are."""
+    which = ("curve", "ranks", "learning_rates", "seeds")
+    return {name: value for name, value in asdict(settings).items() if name not in which}
 
 
 def _steps(
