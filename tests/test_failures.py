@@ -155,7 +155,7 @@ def test_disk_that_fills_up_at_the_very_end(
     [
         "torch.nn.functional.silu",  # in a block
         "torch.nn.functional.embedding",  # in a coroutine
-        "loraone_init.initialization.truncated_svd",
+        "loraone_init.layer_starts.truncated_svd",
         "loraone_init.adapter_files.save_file",
     ],
 )
@@ -172,7 +172,7 @@ def test_out_of_memory(error: Exception, where: str, refused: Refused, monkeypat
         assert message.startswith("Error: out of memory; lower --batch-tokens, --max-length or --samples, or")
 
 
-@pytest.mark.parametrize("where", ["torch.nn.functional.embedding", "loraone_init.initialization.spectral_init"])
+@pytest.mark.parametrize("where", ["torch.nn.functional.embedding", "loraone_init.layer_starts.spectral_init"])
 def test_unforeseen_error(where: str, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(where, raising(ZeroDivisionError("of all things,\nthis")))
     assert refused() == (

@@ -189,7 +189,7 @@ def test_temporary_file_is_gone_after_an_error(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraone_init.initialization.truncated_svd", interrupted)
+    monkeypatch.setattr("loraone_init.layer_starts.truncated_svd", interrupted)
     assert refused("--max-memory", "1MiB").startswith("Error: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     if open_files is not None:

@@ -108,8 +108,15 @@ def test_masks_are_those_of_the_initialisation(
     assert before == pytest.approx(Adapter.load(adapter).loss.after, rel=0.3)  # that is of a quarter of the rows
 
 
-@pytest.mark.parametrize("optimizer", ["preconditioned", "adamw"])
-@pytest.mark.parametrize("kill_after", ["step 1 of", "step 3 of", "step 5 of"])
+@pytest.mark.parametrize(
+    ("optimizer", "kill_after"),
+    [
+        ("preconditioned", "step 1 of"),
+        ("preconditioned", "step 3 of"),
+        ("preconditioned", "step 5 of"),
+        ("adamw", "step 3 of"),
+    ],
+)
 def test_killed_and_resumed_is_as_if_nothing_had_happened(
     optimizer: str, kill_after: str, arguments: list[str], tmp_path: Path
 ) -> None:
