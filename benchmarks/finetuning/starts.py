@@ -24,18 +24,34 @@ from .problems import Problem
 
 @dataclass(frozen=True)
 class Prepared:
-    """seconds: of the processor, for what the plain start of LoRA does not need. gamma: None where there is none."""
+    """seconds: for what the plain start of LoRA does not need. gamma: None where there is none."""
 
     model: PeftModel
     seconds: float
     gamma: float | None
 
 
-def prepare(problem: Problem, method: Method, rank: int, seed: int, settings: Settings, cache: Path) -> Prepared:
-    """The same problem, method, rank and seed give the same start; gradients are kept in `cache`."""
+@dataclass(frozen=True)
+class Workshop:
+    """Where starts are made, and kept in files for the runs that begin with the same. cache: of these settings."""
+
+    settings: Settings
+    cache: Path
+    device: torch.device
+
+    def seconds(self) -> float:
+        """A clock: of the processor, which other processes do not hold up; with a GPU of the wall."""
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def prepare(problem: Problem, method: Method, rank: int, seed: int, workshop: Workshop) -> Prepared:
+    """The same problem, method, rank and seed give the same start."""
     if method.start in ("loraone", "random"):
-        return _loraone(problem, method, rank, seed, settings, cache)
-    base = problem.base(seed)
+        return _loraone(problem, method, rank, seed, workshop)
+    base = problem.base(seed).to(workshop.device)
     config = LoraConfig(
         r=rank,
         lora_alpha=ALPHA,
@@ -45,42 +61,47 @@ def prepare(problem: Problem, method: Method, rank: int, seed: int, settings: Se
         task_type=problem.task,
     )
     seconds = 0.0
-    start = time.process_time()
     if method.start == "pissa":
         config.init_lora_weights = "pissa_niter_16"
     if method.start == "lora-ga":
         config.init_lora_weights, config.lora_ga_config = "lora_ga", LoraGAConfig()
-        seconds = _lora_ga_gradients(base, config, problem, seed, settings, cache)
+        seconds = _lora_ga_gradients(base, config, problem, seed, workshop)
     torch.manual_seed(seed)
+    start = workshop.seconds()
     model = get_peft_model(base, config)
     if method.start != "plain":
-        seconds += time.process_time() - start
+        seconds += workshop.seconds() - start
     return Prepared(model, seconds, None)
 
 
-def _lora_ga_gradients(
-    base: Any, config: LoraConfig, problem: Problem, seed: int, settings: Settings, cache: Path
-) -> float:
+def _lora_ga_gradients(base: Any, config: LoraConfig, problem: Problem, seed: int, workshop: Workshop) -> float:
     """As PEFT's documentation has it; the seconds that the gradients took when they were made."""
-    file = cache / f"{problem.name}-lora-ga-{seed}.pt"
+    file = workshop.cache / f"{problem.name}-lora-ga-{seed}.pt"
     record = file.with_suffix(".json")
-    batches = problem.sample("train", settings.init_rows, seed).batches
+    batches = problem.sample("train", workshop.settings.init_rows, seed).batches
 
     def train_step() -> None:
         for batch in batches:
-            found = problem.losses(_Whole(base), batch)
-            (found.total / found.count / len(batches)).backward()
+            found = problem.losses(_Whole(base), {name: tensor.to(workshop.device) for name, tensor in batch.items()})
+            (found.total / found.count).backward()  # PEFT divides by the number of calls
 
-    if record.exists():
+    if not record.exists():
+        start = workshop.seconds()
+        own = file.with_suffix(f".{os.getpid()}")  # another worker may be at the same
+        preprocess_loraga(base, config, train_step, cache_file=str(own))
+        own.replace(file)
+        _note(record, workshop.seconds() - start)
+    else:
         preprocess_loraga(base, config, train_step, cache_file=str(file))
-        seconds: float = json.loads(record.read_text())
-        return seconds
-    start = time.process_time()
-    own = file.with_suffix(f".{os.getpid()}")  # another worker may be at the same
-    preprocess_loraga(base, config, train_step, cache_file=str(own))
-    own.replace(file)
-    record.write_text(json.dumps(time.process_time() - start))
-    return 0.0  # the caller's clock runs
+    seconds: float = json.loads(record.read_text())
+    return seconds
+
+
+def _note(record: Path, seconds: float) -> None:
+    """Written whole, while others may read it."""
+    own = record.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(seconds))
+    own.replace(record)
 
 
 class _Whole:
@@ -96,8 +117,8 @@ class _Whole:
         return self._model(**batch)
 
 
-def _loraone(problem: Problem, method: Method, rank: int, seed: int, settings: Settings, cache: Path) -> Prepared:
-    adapter, seconds = loraone_adapter(problem, method, rank, seed, settings, cache)
+def _loraone(problem: Problem, method: Method, rank: int, seed: int, workshop: Workshop) -> Prepared:
+    adapter, seconds = loraone_adapter(problem, method, rank, seed, workshop)
     if method.start == "random":
         adapter = with_random_directions(adapter, seed)
     with tempfile.TemporaryDirectory() as directory:
@@ -107,16 +128,17 @@ def _loraone(problem: Problem, method: Method, rank: int, seed: int, settings: S
 
 
 def loraone_adapter(
-    problem: Problem, method: Method, rank: int, seed: int, settings: Settings, cache: Path
+    problem: Problem, method: Method, rank: int, seed: int, workshop: Workshop
 ) -> tuple[Adapter, float]:
-    """The adapter, and the processor's seconds when it was made."""
-    file = cache / f"{problem.name}-{method.gamma}-{rank}-{seed}.safetensors"
+    """The adapter, and the seconds that it took when it was made."""
+    settings = workshop.settings
+    file = workshop.cache / f"{problem.name}-{method.gamma}-{rank}-{seed}.safetensors"
     record = file.with_suffix(".json")
     if not record.exists():
         sample = problem.sample("train", settings.init_rows + settings.search_rows, seed)
         gradient = replace(sample, rows=sample.rows[: settings.init_rows])
         search = replace(sample, rows=sample.rows[settings.init_rows :])
-        base = problem.base(seed)
+        base = problem.base(seed).to(workshop.device)
         config = InitConfig(
             rank=rank,
             alpha=ALPHA,
@@ -125,14 +147,14 @@ def loraone_adapter(
             target_modules=problem.targets,
             seed=seed,
         )
-        start = time.process_time()
+        start = workshop.seconds()
         if method.gamma == "auto":
             adapter = initialize(base, gradient, config, held_out=search)
         else:
             adapter = initialize(base, gradient, config)
-        seconds = time.process_time() - start
+        seconds = workshop.seconds() - start
         adapter.save(file, overwrite=True)
-        record.write_text(json.dumps(seconds))
+        _note(record, seconds)
     return Adapter.load(file), json.loads(record.read_text())
 
 

@@ -14,7 +14,7 @@ batches = read_batches(arguments.data, tokenizer, arguments.max_length)
 def train_step() -> None:
     for batch in batches:
         loss = model(**batch, use_cache=False).loss
-        (loss / len(batches)).backward()
+        loss.backward()  # PEFT divides by the number of calls
 
 
 config = LoraConfig(
