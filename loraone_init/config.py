@@ -61,6 +61,8 @@ class InitConfig:
                 continue
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
+        if self.rank_budget is not None and not isinstance(self.rank_budget, RankBudget):
+            raise ConfigError(f"rank_budget must be a RankBudget, got {self.rank_budget!r}")
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         if self.scaling not in get_args(Scaling):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .objective import RowLosses
 from .ranks import Piece
-from .sample_size import Growth, GrowthReport, GrowthStage, Halved, describe_stage, has_settled, stage_of
+from .sample_size import Growth, GrowthReport, GrowthStage, Halved, describe_stage, has_settled, stage_of, why_unsettled
 from .split_half import Half, join_losses, split
 
 if TYPE_CHECKING:
@@ -67,11 +67,10 @@ class Samples:
             logger.info("%s", describe_stage(self._stages[-1]))
             if has_settled(self._stages, self._growth.tolerance):
                 return
-        found = self._stages[-1].agreement_median
         logger.warning(
-            "the sample has not settled at %d, all that it may have: its halves agree to %s, %g is wanted; raise"
-            " --max-samples, give more data, or lower --rank",
-            *(self._sizes[-1], "an unknown degree" if found is None else f"{found:.2f}", 1 - self._growth.tolerance),
+            "the sample has not settled at %d, all that it may have: %s; raise --max-samples, give more data, or lower"
+            " the rank",
+            *(self._sizes[-1], why_unsettled(self._stages, self._growth.tolerance)),
         )
 
     def judge(self, layers: Iterable[Halved]) -> None:

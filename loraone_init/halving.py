@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from .errors import ResourceError, is_out_of_memory
 from .memory import describe_size, free_memory
 from .objective import RowLosses
 from .placement import working_bytes
+from .ranks import num_rows
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class MicroBatches:
         if device.type == "cuda":
             gc.collect()  # what failed may be held by cycles of frames and errors
             torch.cuda.empty_cache()
-        if _num_rows(part) < 2:
+        if (num_rows(part) or 0) < 2:
             raise self._cannot_fit(part, block, device)
         if self._stack.keeper.too_many_tokens is None:
             rows, tokens = part["input_ids"].shape
@@ -107,7 +108,7 @@ class MicroBatches:
     def _cannot_fit(self, part: Any, block: int | None, device: torch.device) -> ResourceError:
         free = free_memory(device)
         left = "" if free is None else f", {describe_size(free)} are free on {device}"
-        if _num_rows(part) == 0:
+        if not num_rows(part):
             return ResourceError(f"out of memory: a batch does not fit, and cannot be halved{left}; give smaller ones")
         tokens = _num_tokens(part)
         if block is None:
@@ -119,21 +120,12 @@ class MicroBatches:
 
 
 def _halves_below(part: Any, limit: int) -> list[Any]:
-    rows = _num_rows(part)
+    rows = num_rows(part) or 0
     if rows < 2 or _num_tokens(part) < limit:
         return [part]
     middle = (rows + 1) // 2
     halves = [{key: value[chunk] for key, value in part.items()} for chunk in (slice(middle), slice(middle, None))]
     return [piece for half in halves for piece in _halves_below(half, limit)]
-
-
-def _num_rows(part: Any) -> int:
-    """0 for what is not known to consist of rows."""
-    if not isinstance(part, Mapping) or not isinstance(part.get("input_ids"), torch.Tensor):
-        return 0
-    rows = len(part["input_ids"])
-    alike = all(isinstance(value, torch.Tensor) and len(value) == rows for value in part.values())
-    return rows if alike else 0
 
 
 def _num_tokens(part: Any) -> int:

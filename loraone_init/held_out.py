@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 from .batches import TokenRow
@@ -30,9 +31,10 @@ def divide_rows(
     num_rows = len(used) + len(beyond)
     missing = min(held_out, max(1, num_rows // 4)) - len(beyond)
     contents = [row.to_bytes() for row in used]
+    copies = Counter(contents)
     moved: set[bytes] = set()
     for content in reversed(contents):
-        if sum(other in moved for other in contents) >= missing:
+        if sum(copies[other] for other in moved) >= missing:
             break
         moved.add(content)
     kept = [row for row, content in zip(used, contents, strict=True) if content not in moved]
@@ -43,7 +45,7 @@ def divide_rows(
             " gradient; two that differ are needed at least, or hold none out (a number for --gamma)"
         )
     logger.warning(
-        "Of %d trainable rows, %d are for the gradient and %d, not %d, are held out of it",
-        *(num_rows, len(kept), len(held), held_out),
+        "Of %d trainable rows, fewer than were asked for, %d are for the gradient and %d are held out of it",
+        *(num_rows, len(kept), len(held)),
     )
     return kept, held

@@ -64,8 +64,8 @@ class RankBudget:
             )
         if total > sum(limits.values()):
             raise ConfigError(
-                f"{total} ranks are more than the {len(limits)} layers can hold by their shapes,"
-                f" {sum(limits.values())}; use a smaller --rank-budget"
+                f"{total} ranks are more than the {len(limits)} layers may get by their shapes, and {MAX_TIMES} times"
+                f" the average each, {sum(limits.values())}; use a smaller --rank-budget"
             )
         return limits
 

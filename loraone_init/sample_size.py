@@ -28,7 +28,7 @@ class Growth:
     """How a sample is grown: `start` rows first, twice as many each time, until it has settled or there are no more.
 
     tolerance: a sample has settled when, in the median over the layers, its halves agree to 1 − tolerance (see
-               `Halved.agreement`) and the captured energy is within tolerance/20 of what half as many rows gave.
+               `Halved.agreement`) and the captured energy is within tolerance/20 of what the size before gave.
     start:     at least 2; of batches made in Python, batches.
     """
 
@@ -123,8 +123,21 @@ def has_settled(stages: Sequence[GrowthStage], tolerance: float) -> bool:
     return last.agreement_median >= 1 - tolerance and change <= ENERGY_SHARE * tolerance
 
 
+def why_unsettled(stages: Sequence[GrowthStage], tolerance: float) -> str:
+    """What `has_settled` misses in stages that have not."""
+    last = stages[-1]
+    if last.agreement_median is None or last.captured_energy is None:
+        return "no layer of its halves can be compared"
+    if last.agreement_median < 1 - tolerance:
+        return f"its halves agree to {last.agreement_median:.2f}, {1 - tolerance:g} is wanted"
+    if len(stages) < 2 or stages[-2].captured_energy is None:
+        return "there is no smaller one to compare it with"
+    change = abs(last.captured_energy - stages[-2].captured_energy)
+    return f"the captured energy has moved by {change:.3f}, {ENERGY_SHARE * tolerance:g} at most is wanted"
+
+
 def describe_stage(stage: GrowthStage) -> str:
-    """16 samples: halves agree to 0.41 (median of 210 layers; min 0.12), captured energy 96.2%."""
+    """16 samples: halves agree to 0.410 in the median layer, 0.120 in the least, captured energy 96.2%."""
     text = f"{stage.samples} samples: "
     if stage.agreement_median is None or stage.agreement_min is None or stage.captured_energy is None:
         return f"{text}no layer can be compared, since the halves' gradients have lower ranks"
@@ -140,5 +153,5 @@ def describe_growth(growth: Mapping[str, Any]) -> str:
         f"{stage['samples']}: {'–' if stage['agreement_median'] is None else format(stage['agreement_median'], '.2f')}"
         for stage in stages
     )
-    end = "settled" if growth["settled"] else "not settled, but there are no more"
+    end = "settled" if growth["settled"] else "not settled at all that it may have"
     return f"{stages[-1]['samples']}, {end}; agreement of halves {path} ({1 - growth['tolerance']:g} wanted)"

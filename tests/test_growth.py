@@ -197,7 +197,7 @@ def test_command_says_where_it_has_not_settled(command: Command, tiny_model: Pat
     result = command(tiny_model, many_rows, "-o", out / "a.safetensors", *options)
     assert result.exit_code == 0, result.stderr
     assert "Warning: the sample has not settled at 20, all that it may have: its halves agree to 0." in result.stderr
-    assert "20, not settled, but there are no more; agreement of halves 16: 0." in " ".join(result.stdout.split())
+    assert "20, not settled at all that it may have; agreement of halves 16: 0." in " ".join(result.stdout.split())
     assert Adapter.load(out / "a.safetensors").sample["rows_used"] == 20
 
 

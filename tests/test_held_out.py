@@ -87,7 +87,8 @@ def test_too_few_rows_are_divided_and_that_is_said(
         used, held_out = both(load_batches(source, tokenizer, DataOptions(samples=samples, held_out=16)))
     assert (len(used), len(held_out)) == expected
     assert sorted(used + held_out) == list(range(num_rows))
-    assert f"Of {num_rows} trainable rows, {expected[0]} are for the gradient and {expected[1]}" in caplog.text
+    assert f"Of {num_rows} trainable rows, fewer than were asked for, {expected[0]} are for the gradient" in caplog.text
+    assert f"and {expected[1]} are held out" in caplog.text
 
 
 def test_rows_sorted_by_label_are_shuffled_first(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_dry_run(command: Command, tiny_model: Path, tiny_data: Path) -> None:
     ("value", "told"),
     [
         ("total:20", "20 ranks are too few for 21 layers"),
-        ("total:5000", "5000 ranks are more than the 21 layers can hold by their shapes"),
+        ("total:5000", "5000 ranks are more than the 21 layers may get by their shapes"),
         ("40", "840 ranks are more than"),
         ("8.5", "an average rank such as 8, or a sum such as total:1680"),
         ("0", "at least 1"),
