@@ -98,6 +98,15 @@ def test_figures_are_those_of_the_benchmark():
     assert table in README
 
 
+def test_comparison_is_that_of_the_records():
+    from finetuning.presets import PRESETS
+    from finetuning.records import read_records
+    from finetuning.report import markdown
+
+    records = read_records(ROOT / "benchmarks" / "results" / "finetune.jsonl", PRESETS["cpu"])
+    assert markdown(records) in README
+
+
 def test_demo_command_runs(smollm2, tmp_path, monkeypatch):
     """The very line, on fewer and shorter rows."""
     (command,) = [line for line in commands("loraone-init") if " demo " in line]

@@ -99,6 +99,11 @@ def spread(values: Sequence[float], form: str = ".4f") -> str:
     return text if len(values) == 1 else f"{text} ({min(values):{form}} to {max(values):{form}})"
 
 
+def start_of(method: Method) -> tuple[object, ...]:
+    """Methods of one start have one colour, the preconditioned ones dashed."""
+    return method.start, method.scaling, method.gamma
+
+
 def draw(records: Sequence[Record], path: Path) -> None:
     """Held-out loss against learning rate, and against steps at each one's best; a row for each problem and rank."""
     import matplotlib
@@ -109,11 +114,13 @@ def draw(records: Sequence[Record], path: Path) -> None:
     rows = cases(records)
     if not rows:
         return
-    colours = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False))
+    starts = list(dict.fromkeys(map(start_of, METHODS.values())))
+    colours = dict(zip(starts, plt.get_cmap("tab10").colors, strict=False))
     figure, axes = plt.subplots(len(rows), 2, figsize=(12, 4.6 * len(rows)), layout="constrained", squeeze=False)
     for (left, right), (problem, rank) in zip(axes, rows, strict=True):
-        for name, case in cases_of(records, problem, rank).items():
-            style: dict[str, Any] = {"color": colours[name], "label": case.method.label}
+        found = cases_of(records, problem, rank)
+        for case in found.values():
+            style: dict[str, Any] = {"color": colours[start_of(case.method)], "label": case.method.label}
             if not case.method.trained:
                 left.axhline(mean(case.losses), linestyle=":", **style)
                 continue
@@ -126,7 +133,10 @@ def draw(records: Sequence[Record], path: Path) -> None:
         left.set_ylim(best * 0.99, best * 1.25)
         right.set(xlabel="step", ylabel="held-out loss", title="at each one's best rate, mean of the later seeds")
         right.set_ylim(best * 0.99, None)
-        right.legend(fontsize="small")
+        rates = sorted({rate for case in found.values() if case.method.trained for rate in case.sweep})
+        left.set_xticks(rates, labels=[f"{rate:.2g}" for rate in rates], rotation=45)
+        left.minorticks_off()
+        right.legend(*left.get_legend_handles_labels(), fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
 
