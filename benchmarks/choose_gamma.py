@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
 
+from resuming import earlier_runs, write_runs
+
 from loraone_init import DataOptions, InitConfig, initialize, load_batches, open_model
 from loraone_init.classification import SequenceClassification
 from loraone_init.classification_rows import read_labels
@@ -61,18 +63,8 @@ def main() -> None:
             data = EXAMPLE if model == MODELS[0] else sentences
             runs.append({"model": model, **measure(*opened(model, data, seed), rank, seed, rows, settings)})
             print(line(runs[-1]), flush=True)
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps({**settings, "runs": runs}, indent=1) + "\n")
+            write_runs(arguments.output, settings, runs)
     print("\n" + markdown({**settings, "runs": runs}))
-
-
-def earlier_runs(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an interrupted call with the same settings left."""
-    if not output.exists():
-        return []
-    found: dict[str, Any] = json.loads(output.read_text())
-    runs: list[dict[str, Any]] = found.pop("runs")
-    return runs if found == settings else []
 
 
 def key(run: dict[str, Any]) -> tuple[str, int, int, int]:

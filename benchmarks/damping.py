@@ -11,12 +11,13 @@ nor the training sees them.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from resuming import earlier_runs, write_runs
 
 from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches, open_model
 from loraone_init.adapter import Preconditioner
@@ -58,18 +59,8 @@ def main() -> None:
                 if any(key(done) == (rate, *described(variant)) for done in runs):
                     continue
                 runs.append(run(source, adapter, training, held_out, variant, rate, settings, Path(directory)))
-                arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                arguments.output.write_text(json.dumps({**result, "runs": runs}, indent=2) + "\n")
+                write_runs(arguments.output, result, runs)
     print_table(runs)
-
-
-def earlier_runs(output: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an interrupted call with the same settings left."""
-    if not output.exists():
-        return []
-    found: dict[str, Any] = json.loads(output.read_text())
-    runs: list[dict[str, Any]] = found.pop("runs")
-    return runs if found == settings else []
 
 
 def described(variant: Preconditioner | None) -> tuple[str, float | None]:

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .activations import ActivationBudget
 from .adapter import Adapter
 from .classification import SequenceClassification
-from .collector import LayerGradient
 from .config import AUTO, InitConfig
 from .errors import ConfigError, DataError, ModelError
 from .evaluation import Forwards, evaluate_step
 from .experts import expert_stacks, experts_as_layers, renamed_targets
 from .factors import shortened
-from .gradients import stream_gradients
-from .growing import Drawn, Samples, batches_of
+from .growing import Samples, batches_of
 from .heads import saved_tensors
 from .held_out import HELD_OUT
 from .kept import keeping
-from .layer_starts import Decomposition, decompose, rank_limits, start_layers
+from .layer_starts import rank_limits, start_layers
 from .models import OpenModel, open_module
 from .monitor import Monitor
-from .objective import CausalLM, LossFunction, Objective, RowLosses, WholeModel
+from .objective import CausalLM, LossFunction, Objective, WholeModel
+from .passes import Passes
 from .quantized import computed_dtype, differentiable, quantization_method
-from .ranks import Alone, Piece, Ranks, share_of
+from .ranks import Alone, Ranks, share_of
 from .room import Room, find_room
 from .sample_size import Growth
 from .seq2seq import Seq2SeqLM
@@ -92,12 +89,10 @@ def initialize(
     own = [piece.batch for piece in share_of(rows, ranks.rank, ranks.size, by_row)]
     room = find_room(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)
     samples = Samples(batches, growth, by_row)
+    passes = Passes(opened.stack, targets, objective, limits, config, room.activations, monitor, ranks, by_row)
     with _ready(opened, targets, room):
         for drawn in samples:
-            budget = copy(room.activations)  # a pass uses it up
-            losses, decomposed = _one_pass(
-                drawn, opened, targets, objective, limits, config, budget, monitor, ranks, by_row
-            )
+            losses, decomposed = passes.take(drawn)
             with monitor.timed("svd"):
                 pairs, layers = start_layers(decomposed, expert_stacks(targets), config)
             samples.judge(layers.values())
@@ -156,28 +151,6 @@ def _ready(opened: OpenModel, targets: Mapping[str, nn.Module], room: Room) -> I
         yield
 
 
-def _one_pass(
-    drawn: Drawn,
-    opened: OpenModel,
-    targets: Mapping[str, nn.Module],
-    objective: Objective,
-    limits: Mapping[str, int],
-    config: InitConfig,
-    budget: ActivationBudget | None,
-    monitor: Monitor,
-    ranks: Ranks,
-    by_row: bool,
-) -> tuple[list[RowLosses], dict[str, Decomposition]]:
-    """The losses of a sample's batches, and the decompositions of all layers' gradients, on every rank."""
-    mine = share_of(drawn.parts, ranks.rank, ranks.size, by_row)
-    own = [piece.batch for piece in mine]
-    losses, gradients = stream_gradients(
-        opened.stack, targets, objective, own, monitor, budget, ranks, drawn.halves_of(mine)
-    )
-    decomposed = _collect(ranks, _decompose_layers(gradients, limits, config, monitor))
-    return drawn.losses(_join_losses(ranks, mine, losses)), {name: decomposed[name] for name in targets}
-
-
 def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str | None]:
     """What the adapter records of the model it is for."""
     return {
@@ -187,35 +160,6 @@ def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str 
         "dtype": computed_dtype(opened.module, targets),
         "quantization": quantization_method(opened.module),
     }
-
-
-def _decompose_layers(
-    gradients: Iterator[LayerGradient], limits: Mapping[str, int], config: InitConfig, monitor: Monitor
-) -> dict[str, Decomposition]:
-    """Takes the gradients one by one; each is dropped before the next is asked for."""
-    decomposed: dict[str, Decomposition] = {}
-    while True:
-        with monitor.timed("backward"):
-            gradient = next(gradients, None)
-        if gradient is None:
-            return decomposed
-        with monitor.timed("svd"):
-            decomposed[gradient.name] = decompose(gradient, limits[gradient.name], config)
-        del gradient
-
-
-def _collect(ranks: Ranks, decomposed: dict[str, Decomposition]) -> dict[str, Decomposition]:
-    """The layers of all ranks: each has decomposed its own."""
-    return {name: found for part in ranks.gather(decomposed) for name, found in part.items()}
-
-
-def _join_losses(ranks: Ranks, pieces: Sequence[Piece], losses: Sequence[RowLosses]) -> list[RowLosses]:
-    """The losses of all batches, from those of the pieces that the ranks took; theirs follow in order of ranks."""
-    joined: dict[int, RowLosses] = {}
-    for part in ranks.gather([(piece.index, rows) for piece, rows in zip(pieces, losses, strict=True)]):
-        for index, rows in part:
-            joined[index] = joined[index].followed_by(rows) if index in joined else rows
-    return [joined[index] for index in sorted(joined)]
 
 
 def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
