@@ -153,6 +153,7 @@ def _train_options(options: dict[str, Any]) -> TrainOptions:
 
 def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
     """Write the adapter, unless the training is to be resumed, and say so."""
+    from .atomic import atomic_file
     from .errors import LoraOneError
 
     if outcome.interrupted:
@@ -161,7 +162,8 @@ def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
             " --resume goes on from there"
         )
     outcome.adapter.save(output, overwrite=True)
-    (output / "training_log.json").write_text(json.dumps(outcome.log, indent=2) + "\n", encoding="utf-8")
+    with atomic_file(output / "training_log.json") as temporary:
+        temporary.write_text(json.dumps(outcome.log, indent=2) + "\n", encoding="utf-8")
     result = {"output": str(output), **(outcome.adapter.training or {})}
     if as_json:
         click.echo(json.dumps(result, indent=2))

@@ -25,7 +25,7 @@ from .expert_layout import split_experts
 from .factors import LoraPair
 from .optim import PreconditionedAdamW
 from .sources import LocalModel
-from .training_callbacks import FinishOnSignal, LogLines, SealCheckpoints
+from .training_callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -165,7 +165,7 @@ def _trainer(
     options: TrainOptions,
     callbacks: list[Any],
 ) -> Trainer:
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     if options.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError('TensorBoard is not installed: pip install "loraone-init[tensorboard]"')
@@ -201,7 +201,7 @@ def _trainer(
         disable_tqdm=True,
         dataloader_pin_memory=not on_cpu,
     )
-    trainer = Trainer(
+    trainer = CheckpointingTrainer(
         model,
         arguments,
         data_collator=partial(collate, pad_id=data.pad_id),

@@ -1,9 +1,10 @@
-"""What the trainer does beside steps: lines of progress, whole checkpoints, an orderly end at a signal."""
+"""What the trainer does beside steps: progress lines, whole checkpoints, an orderly end at a signal or full disk."""
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -13,12 +14,15 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpoints import seal
-from .errors import NumericalError
+from .errors import NumericalError, OutputError, describe
 
 logger = logging.getLogger(__name__)
+
+_TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")
 
 
 class LogLines(TrainerCallback):  # type: ignore[misc]
@@ -56,6 +60,21 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
             torch.distributed.barrier()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._options)
+
+
+class CheckpointingTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer, which says what to do where a checkpoint cannot be written."""
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's are RuntimeErrors, without the reason
+            if isinstance(error, RuntimeError) and not _TORCH_SAVE.search(str(error)):
+                raise
+            raise OutputError(
+                f"cannot write the checkpoint of step {self.state.global_step} into {self.args.output_dir}:"
+                f" {describe(error)}; free disk space: the same command with --resume goes on from the one before"
+            ) from error
 
 
 class FinishOnSignal(TrainerCallback):  # type: ignore[misc]

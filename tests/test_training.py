@@ -98,6 +98,32 @@ def test_training_lowers_the_loss(arguments: list[str], tmp_path: Path, tiny_dat
     assert result["last_eval_loss"] < 0.8 * result["first_eval_loss"]
 
 
+def test_evaluation_on_another_split_of_a_hub_data_set(
+    arguments: list[str], tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder stands in for the hub; the evaluation has to give what the same rows in a file do."""
+    datasets = pytest.importorskip("datasets")
+    rows = tiny_data.read_text().splitlines(keepends=True)
+    (tmp_path / "hub").mkdir()
+    train, test = tmp_path / "hub" / "train.jsonl", tmp_path / "hub" / "test.jsonl"
+    train.write_text("".join(rows[:8]))
+    test.write_text("".join(rows[8:]))
+    load = datasets.load_dataset
+
+    def load_folder(name: str, *_: Any, split: str, **__: Any) -> Any:
+        return load(str(tmp_path / "hub"), split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_folder)
+    model, _, *options = arguments
+    by_split = run(model, "someone/rows", *options, "-o", tmp_path / "a", "--eval-split", "test", "--json")
+    by_file = run(model, train, *options, "-o", tmp_path / "b", "--eval-data", test, "--json")
+    assert by_split.exit_code == by_file.exit_code == 0, by_split.output + by_file.output
+    from_split, from_file = (json.loads(done.stdout) for done in (by_split, by_file))
+    names = ("first_loss", "last_loss", "first_eval_loss", "last_eval_loss")
+    assert [from_split[name] for name in names] == [from_file[name] for name in names]
+    assert from_split["first_eval_loss"] != from_split["last_eval_loss"]
+
+
 def test_masks_are_those_of_the_initialisation(
     arguments: list[str], tmp_path: Path, adapter: Path, tiny_data: Path
 ) -> None:
@@ -168,6 +194,43 @@ def test_checkpoint_cut_short_is_not_taken(arguments: list[str], tmp_path: Path,
     assert resumed.exit_code == 0, resumed.output
     assert "checkpoint-6 was cut short; it is removed" in resumed.stderr
     assert "Going on after step 4" in resumed.stderr
+    assert losses(output) == losses(uninterrupted)
+
+
+DISK_FULL_LATER = """
+import resource, signal
+from loraone_init import train_cli
+from loraone_init.training_callbacks import SealCheckpoints
+
+seal = SealCheckpoints.on_save
+
+def seal_and_fill_the_disk(*args, **kwargs):
+    seal(*args, **kwargs)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, BYTES))
+
+SealCheckpoints.on_save = seal_and_fill_the_disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+train_cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+@pytest.mark.parametrize("written", ["nothing", "the adapter alone"])
+def test_disk_that_fills_up_leaves_the_checkpoint_before(
+    written: str, arguments: list[str], tmp_path: Path, uninterrupted: Path
+) -> None:
+    """After the first checkpoint, the system refuses to write more than so many bytes of a file."""
+    output = tmp_path / "trained"
+    size = (uninterrupted / "adapter_model.safetensors").stat().st_size
+    script = DISK_FULL_LATER.replace("BYTES", str(1000 if written == "nothing" else size + 5000))
+    command = [sys.executable, "-c", script, *arguments, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "cannot write" in error_line(done.stderr[done.stderr.index("Error:") :])
+    assert not (output / "adapter_model.safetensors").exists()
+    resumed = run(*arguments, "-o", output, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Going on after step 2" in resumed.stderr
     assert losses(output) == losses(uninterrupted)
 
 
