@@ -37,7 +37,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 PRESETS: dict[str, dict[ProblemName, Settings]] = {
     "cpu": {
         "gsm8k": Settings(20, 4, 128, 24, (5, 10, 15), 32, 16, (8,), RATES),
-        "newsgroups": Settings(30, 16, 48, 128, (8, 15, 22), 64, 64, (8,), RATES),
+        "newsgroups": Settings(30, 16, 48, 128, (8, 15, 22), 64, 64, (8, 32), RATES),
     },
     "gpu": {
         "gsm8k": Settings(870, 16, 512, 473, (100, 200, 400, 600), 64, 64, (8, 32), RATES),
