@@ -18,7 +18,7 @@ from .products import add_product
 from .targets import layer_shape
 
 WIDE_TOKENS = 2048
-"""Tokens that are multiplied into a layer's gradient at a time."""
+"""Tokens that are multiplied into a layer's gradient at a time, at most."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Collector:
 
     The gradient of the weight itself is never asked for: a layer's input is kept by a forward hook and multiplied
     with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike.
-    Products wait until `WIDE_TOKENS` tokens are together: narrow ones spend their time on reading and writing the sum.
+    Products wait until enough tokens are together (see `_wide`): narrow ones are mostly reading and writing of the sum.
 
     num_parts: sums of each layer; `turn_to` says which of them what comes now adds to.
     """
@@ -117,9 +117,11 @@ class Collector:
 
 
 def _wide(module: nn.Module) -> int:
-    """Tokens that wait, at most. Of many experts' tokens no more than take the memory of their gradients."""
+    """Tokens worth waiting for: from then on, putting dY and X together moves as many bytes as the sum has, and what
+    waits takes as much memory.
+    """
     rows, columns = layer_shape(module)
-    return min(WIDE_TOKENS, rows * columns // (rows + columns)) if isinstance(module, ExpertLinear) else WIDE_TOKENS
+    return min(WIDE_TOKENS, rows * columns // (rows + columns))
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

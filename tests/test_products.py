@@ -92,3 +92,23 @@ def test_cuda_sums_in_fp32_without_copies(dtype: torch.dtype) -> None:
     if _fp32_out(parts[0][0].device, dtype) == "addmm":
         assert torch.cuda.max_memory_allocated() - before < parts[0][1].nbytes
     assert relative_error(total.cpu(), exact(parts)) < BF16
+
+
+def test_tokens_wait_until_they_are_worth_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of 6 × 12 weights: at 4 tokens, dY and X have as many numbers as its gradient."""
+    widths: list[int] = []
+
+    def add_and_note(total: torch.Tensor | None, dY: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
+        widths.append(len(X))
+        return add_product(total, dY, X)
+
+    monkeypatch.setattr("loraone_init.collector.add_product", add_and_note)
+    layer = torch.nn.Linear(12, 6, bias=False)
+    collector = Collector({"layer": layer})
+    inputs = [torch.randn(tokens, 12) for tokens in (1, 2, 3, 5, 1)]
+    with collector.attached():
+        for x in inputs:
+            layer(x).sum().backward()
+    gradient = collector.take("layer", 1).G
+    assert widths == [1 + 2 + 3, 5, 1]
+    torch.testing.assert_close(gradient, torch.cat(inputs).sum(0).expand(6, 12))
