@@ -130,7 +130,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
         losses = [r["loss"] for r in records if (r["problem"], r["rank"]) == (problem, rank) and r["loss"] is not None]
         best = min(losses)
         left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=f"{TITLES[problem]}, r = {rank}")
-        left.set_ylim(best * 0.99, best * 1.25)
+        lowest = min(min(case.sweep.values()) for case in found.values() if case.method.trained)
+        left.set_ylim(lowest * 0.99, lowest * 1.3)
         right.set(xlabel="step", ylabel="held-out loss", title="at each one's best rate, mean of the later seeds")
         right.set_ylim(best * 0.99, None)
         rates = sorted({rate for case in found.values() if case.method.trained for rate in case.sweep})
