@@ -120,7 +120,8 @@ def print_table(runs: list[dict[str, Any]]) -> None:
     print(f"\n{'held-out loss after':24}" + "".join(f"{rate:>10.0e}" for rate in LEARNING_RATES))
     for variant in VARIANTS:
         kind, damping = described(variant)
-        row = [run["after"] for run in runs if key(run)[1:] == (kind, damping)]
+        after = {key(run): run["after"] for run in runs}
+        row = [after[rate, kind, damping] for rate in LEARNING_RATES]
         print(f"{kind:14}{damping!s:10}" + "".join(f"{loss:10.4f}" for loss in row))
 
 

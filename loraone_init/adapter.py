@@ -97,7 +97,7 @@ class Preconditioner:
 DEFAULT_PRECONDITIONER = Preconditioner("scale-free", 0.1)
 """By measurement (benchmarks/damping.py, SmolLM2-135M on GSM8K): at every learning rate tried, the absolute form ended
 with a higher held-out loss than plain AdamW, λ = 1e-6 by far; the scale-free one with a slightly lower loss at the best
-rate.
+rate, and one that is 0.005 to 0.04 higher at the others.
 """
 
 
