@@ -118,9 +118,9 @@ def run(
 
 def print_table(runs: list[dict[str, Any]]) -> None:
     print(f"\n{'held-out loss after':24}" + "".join(f"{rate:>10.0e}" for rate in LEARNING_RATES))
+    after = {key(run): run["after"] for run in runs}
     for variant in VARIANTS:
         kind, damping = described(variant)
-        after = {key(run): run["after"] for run in runs}
         row = [after[rate, kind, damping] for rate in LEARNING_RATES]
         print(f"{kind:14}{damping!s:10}" + "".join(f"{loss:10.4f}" for loss in row))
 
