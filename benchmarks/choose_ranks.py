@@ -32,17 +32,20 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches, open_model, truncated_svd
-from loraone_init.data import Sample
-from loraone_init.evaluation import applied
-from loraone_init.factors import LoraPair, spectral_init
-from loraone_init.gradients import stream_gradients
-from loraone_init.models import OpenModel
-from loraone_init.objective import CausalLM
-from loraone_init.rank_budget import MAX_TIMES, RankBudget, allot
-from loraone_init.sources import resolve_model
-from loraone_init.svd import TruncatedSVD, layer_generator
-from loraone_init.targets import select_targets
-from loraone_init.training import TrainOptions, train
+from loraone_init.choosing.rank_allotment import allot
+from loraone_init.config import MAX_TIMES, RankBudget
+from loraone_init.data.sample import Sample
+from loraone_init.gradients.causal_lm import CausalLM
+from loraone_init.gradients.stream import stream_gradients
+from loraone_init.initialization.evaluation import applied
+from loraone_init.layers.targets import select_targets
+from loraone_init.linalg.factors import LoraPair, spectral_init
+from loraone_init.linalg.seeding import layer_generator
+from loraone_init.linalg.svd import TruncatedSVD
+from loraone_init.models.opening import OpenModel
+from loraone_init.models.sources import resolve_model
+from loraone_init.streaming.stack import BlockStack
+from loraone_init.training.trainer import TrainOptions, train
 
 HERE = Path(__file__).parent
 HELD_OUT = 16
@@ -141,7 +144,7 @@ def decompose(opened: OpenModel, sample: Sample, rank: int, seed: int) -> dict[s
     targets = select_targets(opened.module, "all-linear")
     objective = CausalLM(opened.module, opened.device)
     svds = {}
-    _, gradients = stream_gradients(opened.stack, targets, objective, sample.batches)
+    _, gradients = stream_gradients(BlockStack.of(opened), targets, objective, sample.batches)
     for gradient in gradients:
         most = min(rank, *gradient.G.shape)
         svds[gradient.name] = truncated_svd(gradient.G, most, generator=layer_generator(seed, gradient.name))

@@ -19,14 +19,16 @@ from statistics import median
 from typing import Any
 
 from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches, open_model
-from loraone_init.comparison import compare_adapters
-from loraone_init.data import Sample
-from loraone_init.evaluation import applied
-from loraone_init.gradients import check_losses, stream_losses
-from loraone_init.models import OpenModel
-from loraone_init.objective import CausalLM
-from loraone_init.sample_size import Growth
-from loraone_init.targets import select_targets
+from loraone_init.choosing.sample_size import Growth
+from loraone_init.data.sample import Sample
+from loraone_init.gradients.causal_lm import CausalLM
+from loraone_init.gradients.losses import check_losses
+from loraone_init.gradients.stream import stream_losses
+from loraone_init.initialization.evaluation import applied
+from loraone_init.inspection.comparison import compare_adapters
+from loraone_init.layers.targets import select_targets
+from loraone_init.models.opening import OpenModel
+from loraone_init.streaming.stack import BlockStack
 
 HERE = Path(__file__).parent
 HELD_OUT = 32
@@ -128,7 +130,7 @@ def held_out_loss(model: OpenModel, rows: Sample, adapter: Adapter | None) -> fl
     targets = select_targets(model.module, "all-linear")
     pairs, scale = (adapter.pairs, adapter.config.scale) if adapter else ({}, 0.0)
     with applied(pairs, targets, scale):
-        return check_losses(stream_losses(model.stack, objective, rows.batches))[0]
+        return check_losses(stream_losses(BlockStack.of(model), objective, rows.batches))[0]
 
 
 def with_angles(runs: list[dict[str, Any]], adapters: Path) -> list[dict[str, Any]]:

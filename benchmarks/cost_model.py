@@ -21,8 +21,10 @@ DOCUMENT = HERE.parent / "docs" / "scaling.md"
 Placement = Literal["device", "host", "disk"]
 PASSES = 3  # forward, backward, evaluation: each needs every block once
 WEIGHT, GRADIENT = 2, 4  # bytes of bf16 and fp32
-ACTIVATIONS = 1.4  # a block's graph, for each element into or out of a linear layer; as in loraone_init.estimate
-LOGITS = 3 * 4 * 2**22  # bytes of the head's buffers; as in loraone_init.objective
+ACTIVATIONS = (
+    1.4  # a block's graph, for each element into or out of a linear layer; as in loraone_init.initialization.estimate
+)
+LOGITS = 3 * 4 * 2**22  # bytes of the head's buffers; as in loraone_init.gradients.objective
 RESERVE = 0.9  # of a memory that can be filled
 SVD_VECTORS, SVD_ITERATIONS = 24, 5
 BLOCKS_ON_DEVICE = {"host": 2, "disk": 2}  # one computes while the next one arrives
@@ -167,7 +169,7 @@ def predict(model: Model, ranks: int, machine: Machine) -> Cost:
 
 
 def num_evaluated(rows: int) -> int:
-    """As loraone_init.evaluation has it."""
+    """As loraone_init.initialization.evaluation has it."""
     return max(1, min(rows // 4, max(8, rows // 8)))
 
 

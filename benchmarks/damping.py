@@ -20,10 +20,10 @@ from typing import Any
 from resuming import earlier_runs, write_runs
 
 from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches, open_model
-from loraone_init.adapter import Preconditioner
-from loraone_init.data import Sample
-from loraone_init.sources import LocalModel, resolve_model
-from loraone_init.training import TrainOptions, train
+from loraone_init.adapter.records import Preconditioner
+from loraone_init.data.sample import Sample
+from loraone_init.models.sources import LocalModel, resolve_model
+from loraone_init.training.trainer import TrainOptions, train
 
 HERE = Path(__file__).parent
 VARIANTS = [

@@ -82,7 +82,7 @@ def run_all(arguments: argparse.Namespace, settings: dict[ProblemName, Settings]
     import torch
     from finetuning.problems import split_gsm8k, unpack_newsgroups
 
-    from loraone_init.sources import resolve_model
+    from loraone_init.models.sources import resolve_model
 
     on_gpu = torch.accelerator.is_available()
     workers = arguments.workers or (1 if on_gpu else os.cpu_count() or 1)

@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     # This process stays small: a child's peak memory counts that of its parent at the fork.
-    model = Path(run_python("from loraone_init.sources import resolve_model as r; print(r('demo').directory)"))
+    model = Path(run_python("from loraone_init.models.sources import resolve_model as r; print(r('demo').directory)"))
     result: dict[str, Any] = {"machine": json.loads(run_python(MACHINE)), "repeats": arguments.repeats, "cases": {}}
     lines = arguments.data.read_text().splitlines()
     with tempfile.TemporaryDirectory() as directory:

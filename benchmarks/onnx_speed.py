@@ -33,7 +33,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loraone_init.sources import resolve_model
+from loraone_init.models.sources import resolve_model
 
 GOAL = 1.5  # × PyTorch's decoding
 PYTORCH = "PyTorch generate"
@@ -89,7 +89,7 @@ def export(work: Path, threads: int) -> dict[str, Path]:
     for folder, options in commands.items():
         if not folder.exists():
             print(f"exporting {folder.name}", flush=True)
-            command = [sys.executable, "-m", "loraone_init.exporters.cli", *options, str(base), str(adapter)]
+            command = [sys.executable, "-m", "loraone_init.cli.export", *options, str(base), str(adapter)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             subprocess.run([*command, "-o", str(folder), "--quiet"], env=environment, check=True)
     return {PYTORCH: merged} | {f"{engine} {dtype}": work / f"{engine}-{dtype}" for engine, dtype in FOLDERS}

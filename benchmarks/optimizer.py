@@ -25,7 +25,7 @@ from peft.optimizers import create_riemannian_optimizer
 from torch import nn
 
 from loraone_init import PreconditionedAdamW
-from loraone_init.adapter import Preconditioner
+from loraone_init.adapter.records import Preconditioner
 
 BLOCKS = 30
 LAYERS = {  # (out, in) of SmolLM2-135M

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraone_init.checkpoint import Checkpoint
 from loraone_init.errors import ExportError, ModelError, describe
-from loraone_init.recipes import plain_names
-from loraone_init.sources import LocalModel, resolve_model
-from loraone_init.targets import layer_shape
+from loraone_init.layers.targets import layer_shape
+from loraone_init.models.sources import LocalModel, resolve_model
+from loraone_init.weights.checkpoint import Checkpoint
+from loraone_init.weights.recipes import plain_names
 
 from .expert_weights import separate_experts
 from .lora_weights import LoraWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loraone_init.errors import ExportError
-from loraone_init.factors import LoraPair
+from loraone_init.linalg.factors import LoraPair
 
 from .lora_weights import ExpertWeights, LoraWeights, scale_of
 

@@ -14,13 +14,14 @@ import torch
 
 from loraone_init.atomic import atomic_file
 from loraone_init.errors import ExportError
+from loraone_init.extras import require
 
 from .base_model import BaseModel
-from .extras import require
 from .lora_weights import LoraWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
 
 SUFFIX = ".gguf"
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from loraone_init.adapter import FORMAT_VERSION
-from loraone_init.adapter_files import CONFIG, PREFIX, WEIGHTS, read_tensors
+from loraone_init.adapter.adapter import FORMAT_VERSION
+from loraone_init.adapter.files import CONFIG, PREFIX, WEIGHTS, read_tensors
 from loraone_init.errors import AdapterError
-from loraone_init.factors import LoraPair
-from loraone_init.layer_patterns import find_value
+from loraone_init.layers.patterns import find_value
+from loraone_init.linalg.factors import LoraPair
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _UNSUPPORTED = {

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 
 from loraone_init.atomic import atomic_directory
-from loraone_init.checkpoint import INDEX
 from loraone_init.errors import ExportError, NumericalError
-from loraone_init.targets import is_conv1d
+from loraone_init.layers.targets import is_conv1d
+from loraone_init.safetensors_files import TensorSpec, write_streamed
+from loraone_init.weights.checkpoint import INDEX
 
 from .base_model import BaseModel
 from .lora_weights import ExpertWeights, LoraWeights
-from .safetensors_writer import TensorSpec, write_streamed
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ExportError, describe
+from loraone_init.extras import require
 
 from .base_model import BaseModel
-from .extras import require
 from .lora_weights import LoraWeights
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraone_init.adapter import Adapter
-from loraone_init.adapter_files import CARD, CONFIG, WEIGHTS, is_single_file
+from loraone_init.adapter.files import CARD, CONFIG, WEIGHTS, is_single_file
+from loraone_init.adapter.model_card import model_card
 from loraone_init.atomic import atomic_directory, atomic_file
-from loraone_init.checkpoint import read_header
 from loraone_init.errors import ExportError
-from loraone_init.layer_patterns import patterns
-from loraone_init.model_card import model_card
+from loraone_init.layers.patterns import patterns
+from loraone_init.safetensors_files import read_header
 
 from .lora_weights import LoraWeights, name_in_peft, scale_of
 
@@ -40,7 +39,7 @@ def export_peft(lora: LoraWeights, output: Path, *, plain_scaling: bool = False)
         with atomic_directory(output) as directory:
             _copy_weights(lora.file, config, directory / WEIGHTS)
             if lora.record is not None:
-                card = model_card(Adapter.load(lora.path))
+                card = model_card(lora.record, lora.peft_config)
                 (directory / CARD).write_text(card, encoding="utf-8")
             (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return {"layers": len(lora.pairs) + len(lora.experts), "scaling": "α/√r" if config.get("use_rslora") else "α/r"}

@@ -16,24 +16,23 @@ if TYPE_CHECKING:
     from .config import InitConfig
     from .data import DataOptions, load_batches
     from .errors import LoraOneError
-    from .factors import LoraPair, spectral_init
     from .initialization import initialize
+    from .linalg import LoraPair, spectral_init, truncated_svd
     from .models import open_model
     from .optim import PreconditionedAdamW
-    from .svd import truncated_svd
 
 _HOMES = {
     "Adapter": "adapter",
     "DataOptions": "data",
     "InitConfig": "config",
     "LoraOneError": "errors",
-    "LoraPair": "factors",
+    "LoraPair": "linalg",
     "PreconditionedAdamW": "optim",
     "initialize": "initialization",
     "load_batches": "data",
     "open_model": "models",
-    "spectral_init": "factors",
-    "truncated_svd": "svd",
+    "spectral_init": "linalg",
+    "truncated_svd": "linalg",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """`python -m loraone_init` is `loraone-init`."""
 
-from .cli import main
+from .cli.init import main
 
 if __name__ == "__main__":
     main()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .errors import ConfigError
-from .rank_budget import RankBudget
+
+Counted = Literal["average", "total"]
+
+MAX_TIMES = 4
+"""No layer gets more than so many times the average: it is what SVDs compute and host memory holds of every layer."""
+
 
 Scaling = Literal["rslora", "lora"]
 
@@ -88,3 +94,56 @@ def _names(option: str, value: object) -> str | tuple[str, ...]:
     if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
         raise ConfigError(f"{option} must be a regular expression or a list of names, got {value!r}")
     return tuple(sorted(value) if isinstance(value, (set, frozenset)) else value)
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """ranks: the average over all layers, or their sum. The matrix of each expert counts as a layer.
+
+    Every layer gets 1 at least, MAX_TIMES · average or what its shape allows at most. Raises ConfigError.
+    """
+
+    ranks: int
+    counted: Counted = "average"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ranks, int) or isinstance(self.ranks, bool) or self.ranks < 1:
+            raise ConfigError(f"a rank budget is a whole number of at least 1, got {self.ranks!r}")
+        if self.counted not in get_args(Counted):
+            raise ConfigError(f"a rank budget is counted as {' or '.join(get_args(Counted))}, got {self.counted!r}")
+
+    def total(self, num_layers: int) -> int:
+        """The sum of all ranks."""
+        return self.ranks * num_layers if self.counted == "average" else self.ranks
+
+    def average(self, num_layers: int) -> int:
+        """Rounded; at least 1."""
+        return max(1, round(self.total(num_layers) / num_layers))
+
+    def limits(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """The largest rank that each layer may get, from the shapes (out, in).
+
+        Raises ConfigError where the budget gives a layer less than 1, or more than all of them may get.
+        """
+        total, most = self.total(len(shapes)), MAX_TIMES * self.average(len(shapes))
+        limits = {name: min(most, *shape) for name, shape in shapes.items()}
+        if total < len(limits):
+            raise ConfigError(
+                f"{total} ranks are too few for {len(limits)} layers, which get 1 at least; use --rank-budget 1 or"
+                f" total:{len(limits)}, or adapt fewer layers with --target-modules"
+            )
+        if total > sum(limits.values()):
+            raise ConfigError(
+                f"{total} ranks are more than the {len(limits)} layers may get by their shapes, and {MAX_TIMES} times"
+                f" the average each, {sum(limits.values())}; use a smaller --rank-budget"
+            )
+        return limits
+
+
+def parse_rank_budget(text: str) -> RankBudget:
+    """ "8" is the average, "total:1680" the sum. Raises ConfigError."""
+    counted: Counted = "total" if text.startswith("total:") else "average"
+    number = text.removeprefix("total:")
+    if not (number.isascii() and number.isdecimal()):
+        raise ConfigError(f"--rank-budget is an average rank such as 8, or a sum such as total:1680; got {text!r}")
+    return RankBudget(int(number), counted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -52,18 +51,6 @@ def check_architecture(name: str, config: Any, task: Task) -> None:
 def task_of_peft(task_type: str | None) -> Task | None:
     """The task that PEFT calls `task_type`; None for another one, or none."""
     return next((task for task in TASKS if NAMES[task].peft == task_type), None)
-
-
-def opening_lines(base: str, task_type: str | None, sample: Mapping[str, Any]) -> str:
-    """Python that opens the base model of an adapter. sample: its record of the data, for a classifier's labels."""
-    task = task_of_peft(task_type)
-    name = "AutoModel" if task is None else NAMES[task].auto_class
-    arguments = [f'"{base}"']
-    if "labels" in sample:
-        arguments.append(f"num_labels={len(sample['labels'])}")
-    if sample.get("problem") == "multi_label_classification":
-        arguments.append('problem_type="multi_label_classification"')
-    return f"from transformers import {name}\n\nbase = {name}.from_pretrained({', '.join(arguments)})"
 
 
 def task_of_module(module: object) -> Task:

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from loraone_init import DataOptions, load_batches, open_model
-from loraone_init.batches import Batch
-from loraone_init.data import Sample
-from loraone_init.labels import Labels
+from loraone_init.data.batches import Batch
+from loraone_init.data.labels import Labels
+from loraone_init.data.sample import Sample
 
 from .presets import Settings
 

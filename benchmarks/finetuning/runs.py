@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from loraone_init import PreconditionedAdamW
-from loraone_init.batches import Batch, collate
-from loraone_init.data import Sample
+from loraone_init.data.batches import Batch, collate
+from loraone_init.data.sample import Sample
 from loraone_init.errors import NumericalError
 
 from .methods import METHODS

@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model, preprocess_loraga
 
 from loraone_init import Adapter, InitConfig, initialize
-from loraone_init.factors import LoraPair
-from loraone_init.svd import layer_generator
+from loraone_init.linalg.factors import LoraPair
+from loraone_init.linalg.seeding import layer_generator
 
 from .methods import ALPHA, Method
 from .presets import Settings

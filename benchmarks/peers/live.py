@@ -58,12 +58,13 @@ def run_ours(live):
     from rows import parse_arguments
 
     from loraone_init import DataOptions, load_batches, open_model, spectral_init, streaming, truncated_svd
-    from loraone_init.coroutines import Coroutine
-    from loraone_init.gradients import stream_gradients
-    from loraone_init.kept import keeping
-    from loraone_init.objective import CausalLM
-    from loraone_init.svd import layer_generator
-    from loraone_init.targets import select_targets
+    from loraone_init.gradients.causal_lm import CausalLM
+    from loraone_init.gradients.stream import stream_gradients
+    from loraone_init.layers.targets import select_targets
+    from loraone_init.linalg.seeding import layer_generator
+    from loraone_init.streaming.coroutines import Coroutine
+    from loraone_init.streaming.keeping import keeping
+    from loraone_init.streaming.stack import BlockStack
 
     def watched(function):  # each micro-batch has a thread of its own
         with Watch(live):
@@ -75,8 +76,9 @@ def run_ours(live):
     options = DataOptions(samples=10**6, max_length=arguments.max_length)
     batches = load_batches(str(arguments.data), opened.tokenizer, options).batches
     targets = select_targets(opened.module, "all-linear")
-    with keeping(device_bytes=0) as keeper, opened.stack.kept_by(keeper), Watch(live):
-        _, gradients = stream_gradients(opened.stack, targets, CausalLM(opened.module, opened.device), batches)
+    stack = BlockStack.of(opened)
+    with keeping(device_bytes=0) as keeper, stack.kept_by(keeper), Watch(live):
+        _, gradients = stream_gradients(stack, targets, CausalLM(opened.module, opened.device), batches)
         while (gradient := next(gradients, None)) is not None:
             generator = layer_generator(0, gradient.name)
             svd = truncated_svd(gradient.G, arguments.rank, generator=generator)

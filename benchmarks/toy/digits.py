@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from loraone_init.factors import LoraPair
+from loraone_init.linalg.factors import LoraPair
 
 from .methods import descent, full_descent, lora, lora_one
 from .problems import FP64, TwoLayerProblem, gaussian

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraone_init.factors import LoraPair
+from loraone_init.linalg.factors import LoraPair
 
 from .methods import descent, lora, lora_ga, lora_one, lora_sb, risks
 from .problems import LinearProblem, gaussian, linear_problem, sine, spectrum

@@ -13,9 +13,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from loraone_init.factors import LoraPair, spectral_init
-from loraone_init.preconditioning import precondition
-from loraone_init.svd import truncated_svd
+from loraone_init.linalg.factors import LoraPair, spectral_init
+from loraone_init.linalg.svd import truncated_svd
+from loraone_init.optim.preconditioning import precondition
 
 from .problems import LinearProblem, Problem, gaussian
 

@@ -1,0 +1,135 @@
+"""The README.md of a PEFT directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from ..tasks import NAMES, task_of_peft
+from .records import Curve
+from .wording import describe_labels, describe_ranks
+
+_CARD = """---
+{base_line}library_name: peft
+tags:
+- lora
+- lora-one
+---
+
+# {title} for {base}
+
+{state} one exact full-fine-tuning gradient step, cut to rank {rank} in each of {layers} layers
+([LoRA-One](https://arxiv.org/abs/2502.01235)). The base model is unchanged.
+
+| | |
+|---|---|
+| Base model | `{base}` |
+| Data | `{source}`, {rows} rows, {trained_on} |
+| Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
+{searched}| Mean loss, on {loss_rows} | {before:.4f} before the step, {after} after it |
+| Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
+{training}
+## Use
+
+```python
+from peft import PeftModel
+{opening}
+model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY"{trainable}
+```
+
+The safetensors header holds the settings and, for each layer, the singular values and the SVD's accuracy.
+
+## Citation
+
+```bibtex
+@inproceedings{{zhang2025loraone,
+  title     = {{LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models,
+               Provably and Efficiently}},
+  author    = {{Zhang, Yuanhe and Liu, Fanghui and Chen, Yudong}},
+  booktitle = {{International Conference on Machine Learning}},
+  year      = {{2025}}
+}}
+```
+"""
+
+
+def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that the Hugging Face hub reads.
+
+    record:      "loraone" of an adapter's metadata (`Adapter.record`).
+    peft_config: the content of its adapter_config.json.
+    """
+    base, config, sample, loss = (record[key] for key in ("base", "config", "sample", "loss"))
+    training, layers = record["training"], record["layers"].values()
+    name = base.get("name")
+    captured = [layer["captured_energy"] for layer in layers]
+    return _CARD.format(
+        title="LoRA-One starting adapter" if training is None else "LoRA adapter",
+        state=(
+            "The starting point of a LoRA fine-tuning, **not a trained adapter**:"
+            if training is None
+            else "A trained LoRA adapter. Training started from"
+        ),
+        trainable=", is_trainable=True)  # then any trainer" if training is None else ")",
+        training="" if training is None else _training_rows(training),
+        base_line=f"base_model: {name}\n" if name else "",
+        base=name or "MODEL",
+        rank=describe_ranks([len(layer["singular_values"]) for layer in layers]),
+        alpha=config["alpha"],
+        gamma=config["gamma"],
+        scaling=config["scaling"],
+        layers=len(layers),
+        source=sample.get("source", "batches from Python"),
+        rows=sample.get("rows_used", "?"),
+        trained_on=(
+            describe_labels(sample) if "labels" in sample else f"{sample.get('num_label_tokens', '?')} label tokens"
+        ),
+        opening=opening_lines(name or "MODEL", peft_config["task_type"], sample),
+        searched=_search_row(loss["curve"]) if loss["curve"] else "",
+        loss_rows=(
+            f"{loss['rows']} rows held out of the gradient"
+            if loss["held_out"]
+            else f"{loss['rows']} of the rows the gradient was taken from"
+        ),
+        before=loss["before"],
+        after=_loss_text(loss["after"]),
+        least=min(captured),
+        middle=median(captured),
+    )
+
+
+def _search_row(curve: Curve) -> str:
+    """The mean losses by γ, of a γ that was searched for."""
+    tried = ", ".join(f"{gamma:g}: {_loss_text(loss)}" for gamma, loss in curve)
+    return f"| Mean loss by γ, which was searched for | {tried} |\n"
+
+
+def _loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _training_rows(training: Mapping[str, Any]) -> str:
+    rows = [
+        f"| Training | {training['steps']} steps, {training['optimizer']}, learning rate {training['learning_rate']:g},"
+        f" {training['schedule']} schedule |"
+    ]
+    for what, first, last in (
+        ("Training loss", training["first_loss"], training["last_loss"]),
+        ("Evaluation loss", training["first_eval_loss"], training["last_eval_loss"]),
+    ):
+        if first is not None:
+            rows.append(f"| {what}, first and last logged | {first:.4f}, {last:.4f} |")
+    return "\n".join(rows) + "\n"
+
+
+def opening_lines(base: str, task_type: str | None, sample: Mapping[str, Any]) -> str:
+    """Python that opens the base model of an adapter. sample: its record of the data, for a classifier's labels."""
+    task = task_of_peft(task_type)
+    name = "AutoModel" if task is None else NAMES[task].auto_class
+    arguments = [f'"{base}"']
+    if "labels" in sample:
+        arguments.append(f"num_labels={len(sample['labels'])}")
+    if sample.get("problem") == "multi_label_classification":
+        arguments.append('problem_type="multi_label_classification"')
+    return f"from transformers import {name}\n\nbase = {name}.from_pretrained({', '.join(arguments)})"

@@ -1,0 +1,104 @@
+"""How many rows are enough: the rule by which a sample is doubled until two halves of it agree, and the record of it.
+
+Each half's gradient is a sample's of half the size. Where the singular subspaces of both agree, more rows would change
+little; where they do not, the directions of the step are those of the rows that happened to be drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+from ..adapter.records import GrowthStage
+from ..config import is_whole
+from ..errors import ConfigError, DataError
+
+DEFAULT_START = 16
+DEFAULT_MAX_SAMPLES = 512
+DEFAULT_TOLERANCE = 0.4
+"""By measurement: see docs/choosing.md."""
+
+ENERGY_SHARE = 0.05
+"""The tolerance for the captured energy, as a share of that for the agreement."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a sample is grown: `start` rows first, twice as many each time, until it has settled or there are no more.
+
+    tolerance: a sample has settled when, in the median over the layers, its halves agree to 1 − tolerance (see
+               `Halved.agreement`) and the captured energy is within tolerance/20 of what the size before gave.
+    start:     at least 2; of batches made in Python, batches.
+    """
+
+    tolerance: float = DEFAULT_TOLERANCE
+    start: int = DEFAULT_START
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
+            raise ConfigError(f"the sample's tolerance must be between 0 and 1, got {self.tolerance!r}")
+        if not is_whole(self.start) or self.start < 2:
+            raise ConfigError(f"a sample grows from 2 rows at least, got {self.start!r}")
+
+    def sizes(self, available: int) -> list[int]:
+        """start, 2·start, 4·start …, and in the end all. Raises DataError for a single row: it has no halves."""
+        if available < 2:
+            raise DataError(f"a sample of {available} row has no two halves to compare; give more rows, or --samples 1")
+        sizes = [min(self.start, available)]
+        while sizes[-1] < available:
+            sizes.append(min(2 * sizes[-1], available))
+        return sizes
+
+
+class Halved(Protocol):
+    """A layer's report, as far as it is needed here.
+
+    agreement: mean cos² of the principal angles between the halves' rank-r singular subspaces, of the output side (U)
+               and of the input side (V); None where a half's gradient has a numerical rank below r.
+    """
+
+    @property
+    def agreement(self) -> tuple[float, float] | None: ...
+
+    @property
+    def captured_energy(self) -> float: ...
+
+
+def stage_of(samples: int, layers: Iterable[Halved]) -> GrowthStage:
+    """Sum up one sample's layers. The median, since single layers without a gap after σ_r never agree."""
+    layers = list(layers)
+    compared = [layer for layer in layers if layer.agreement is not None]
+    values = [min(layer.agreement) for layer in compared if layer.agreement is not None]
+    return GrowthStage(
+        samples=samples,
+        agreement_median=median(values) if values else None,
+        agreement_min=min(values, default=None),
+        captured_energy=median(layer.captured_energy for layer in compared) if compared else None,
+        layers_left_out=len(layers) - len(compared),
+    )
+
+
+def has_settled(stages: Sequence[GrowthStage], tolerance: float) -> bool:
+    """Whether the last of the stages has; see `Growth.tolerance`."""
+    if len(stages) < 2:
+        return False
+    before, last = stages[-2:]
+    if last.agreement_median is None or before.captured_energy is None or last.captured_energy is None:
+        return False
+    change = abs(last.captured_energy - before.captured_energy)
+    return last.agreement_median >= 1 - tolerance and change <= ENERGY_SHARE * tolerance
+
+
+def why_unsettled(stages: Sequence[GrowthStage], tolerance: float) -> str:
+    """What `has_settled` misses in stages that have not."""
+    last = stages[-1]
+    if last.agreement_median is None or last.captured_energy is None:
+        return "no layer of its halves can be compared"
+    if last.agreement_median < 1 - tolerance:
+        return f"its halves agree to {last.agreement_median:.2f}, {1 - tolerance:g} is wanted"
+    if len(stages) < 2 or stages[-2].captured_energy is None:
+        return "there is no smaller one to compare it with"
+    change = abs(last.captured_energy - stages[-2].captured_energy)
+    return f"the captured energy has moved by {change:.3f}, {ENERGY_SHARE * tolerance:g} at most is wanted"

@@ -1,0 +1,122 @@
+"""What a run would do and need, without doing it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from ..adapter.wording import count, describe_sample
+from ..choosing.sample_size import Growth
+from ..config import InitConfig
+from ..data.sample import Sample
+from ..initialization.estimate import estimate_memory, estimate_seconds
+from ..initialization.evaluation import expected_passes
+from ..initialization.layer_starts import rank_limits
+from ..layers.experts import ExpertLinear
+from ..layers.targets import layer_shape, select_targets
+from ..machine import describe_size, used_memory
+from ..models.opening import OpenModel
+from ..models.placement import Place
+
+
+def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth | None = None) -> dict[str, Any]:
+    """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would.
+
+    growth: of the sample, which is then all rows that it may have; the figures are those of growing up to them.
+    """
+    targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
+    config, limits = rank_limits(targets, config)
+    budget = config.rank_budget
+    ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
+    kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
+    memory = estimate_memory(opened, targets, sample.batches, in_halves=growth is not None)
+    sizes = growth.sizes(len(sample.rows)) if growth else [len(sample.rows)]
+    program = used_memory(opened.device)
+    held_out = len(sample.held_out)
+    evaluated = held_out * expected_passes(config.gamma, held_out=True) if held_out else None
+    seconds = estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated)
+    return {
+        "base": opened.name,
+        "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
+        "rank": config.rank,
+        "gamma": config.gamma,
+        "rank_budget": None if budget is None else {"total": ranks, "least": 1, "most": max(limits.values())},
+        "parameters": round(ranks / len(limits) * sum(sum(layer_shape(module)) for module in targets.values())),
+        "sample": sample.facts(),
+        "growth": {"samples": sizes, "tolerance": growth.tolerance} if growth else None,
+        "device": str(opened.device),
+        "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
+        "placement": opened.placement,
+        "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
+        "seconds": round(seconds * sum(sizes) / sizes[-1], 1),
+    }
+
+
+def _kind(name: str, module: nn.Module) -> str:
+    """q_proj; for one expert's matrix experts.down_proj."""
+    return f"experts.{module.parameter}" if isinstance(module, ExpertLinear) else name.rpartition(".")[2]
+
+
+def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
+    """JSON on standard output, or a table."""
+    if as_json:
+        print(json.dumps(content, indent=2, allow_nan=False))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    memory = content["memory_bytes"]
+    budget = content["rank_budget"]
+    ranks = f"of rank {content['rank']}"
+    if budget:
+        ranks = f"of {budget['total']:,} ranks together, {budget['least']} to {budget['most']} each"
+    parts = {
+        "program": "program",
+        "outside": "weights that stay",
+        "block": "weights that come and go",
+        "gradients": "a block's gradients",
+        "inputs": "inputs of all blocks",
+        "working": "a micro-batch",
+    }
+    at_most = "at most " if content["growth"] else ""
+    for label, value in (
+        ("base", str(content["base"])),
+        ("layers", f"{sum(kind['count'] for kind in content['layers'])} {ranks}"),
+        *[
+            ("", f"{kind['count']} × {kind['name']} {kind['shape'][0]}×{kind['shape'][1]}")
+            for kind in content["layers"]
+        ],
+        ("parameters", f"{content['parameters']:,}{' if all ranks were equal' if budget else ''}"),
+        ("data", at_most + describe_sample(content["sample"])),
+        *([("samples", _describe_growth(content["growth"]))] if content["growth"] else []),
+        ("computed in", f"{content['dtype']} on {content['device']}"),
+        ("placement", _PLACEMENTS[content["placement"]]),
+        ("memory", f"about {describe_size(memory['total'])}"),
+        *[("", f"{describe_size(memory[key])} {what}") for key, what in parts.items()],
+        (
+            "time",
+            f"{at_most}about {count(max(1, round(content['seconds'])), 'second')}, by this machine's matrix rate now",
+        ),
+    ):
+        table.add_row(label, Text(value))
+    Console().print(table)
+
+
+def _describe_growth(growth: Mapping[str, Any]) -> str:
+    sizes = ", ".join(map(str, growth["samples"]))
+    return f"{sizes}, until two halves agree to {1 - growth['tolerance']:g}"
+
+
+_PLACEMENTS: dict[Place, str] = {
+    "disk": "disk: blocks are read from the checkpoint when they are needed",
+    "host": "host: the whole model is held in host memory, and blocks are copied to the device when they are needed",
+    "device": "device: the whole model is held in the device's memory",
+}

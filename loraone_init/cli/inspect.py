@@ -1,0 +1,106 @@
+"""The command `loraone-inspect`. Heavy imports wait until the options have been read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..failures import one_line_errors
+from ..version import __version__
+from .support import CONTEXT, Command, start_logging
+
+if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
+    from ..inspection.comparison import Comparison
+    from ..inspection.facts import Anomaly, LayerFacts
+
+
+@click.command("loraone-inspect", cls=Command, context_settings=CONTEXT)
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures; it needs no network.")
+@click.option("--compare", type=click.Path(path_type=Path), help="Another adapter: angles between both, by layer.")
+@click.option("--layers", "every_layer", is_flag=True, help="A line for every layer, not only for groups of them.")
+@click.option("--overwrite", is_flag=True, help="Write a page that exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on standard output.")
+@click.option("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks.")
+@click.version_option(__version__, prog_name="loraone-inspect")
+def main(
+    adapter: Path,
+    html: Path | None,
+    compare: Path | None,
+    every_layer: bool,
+    overwrite: bool,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Show what an ADAPTER of loraone-init or loraone-train holds: one file, or a directory.
+
+    \b
+      loraone-inspect adapters.safetensors --html report.html
+      loraone-inspect trained --compare adapters.safetensors
+    """
+    with one_line_errors(verbose):
+        start_logging(as_json, verbose)
+        if html is not None:
+            _check_page(html, overwrite)
+        from ..adapter.adapter import Adapter
+        from ..inspection.comparison import compare_adapters
+        from ..inspection.facts import find_anomalies, layer_facts
+
+        shown = Adapter.load(adapter)
+        facts = layer_facts(shown)
+        anomalies = find_anomalies(facts)
+        comparison = compare_adapters(shown, Adapter.load(compare)) if compare else None
+        if html is not None:
+            _write_page(html, shown, facts, anomalies, comparison, str(compare))
+        if as_json:
+            click.echo(json.dumps(_as_json(adapter, shown, facts, anomalies, comparison), indent=2))
+            return
+        from ..inspection.tables import print_adapter, print_comparison
+
+        print_adapter(shown, facts, anomalies, every_layer)
+        if comparison is not None:
+            print_comparison(comparison, str(compare), every_layer)
+        if html is not None:
+            click.echo(f"written: {html}")
+
+
+def _check_page(path: Path, overwrite: bool) -> None:
+    from ..errors import OutputError
+
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; name the page, such as report.html")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another name, or pass --overwrite")
+
+
+def _write_page(
+    path: Path, adapter: Any, facts: list[LayerFacts], anomalies: list[Anomaly], comparison: Any, other: str
+) -> None:
+    from ..atomic import atomic_file
+    from ..inspection.page import render_page
+
+    with atomic_file(path) as temporary:
+        temporary.write_text(render_page(adapter, facts, anomalies, comparison, other), encoding="utf-8")
+
+
+def _as_json(
+    path: Path, adapter: Adapter, facts: list[LayerFacts], anomalies: list[Anomaly], comparison: Comparison | None
+) -> dict[str, Any]:
+    return {
+        "adapter": str(path),
+        "gamma": adapter.gamma,
+        "loss": asdict(adapter.loss),
+        "anomalies": [asdict(anomaly) for anomaly in anomalies],
+        "layers": {fact.name: {**asdict(fact.report), "step_singular_values": fact.step} for fact in facts},
+        "growth": asdict(adapter.growth) if adapter.growth else None,
+        "comparison": asdict(comparison) if comparison else None,
+    }
+
+
+if __name__ == "__main__":
+    main()

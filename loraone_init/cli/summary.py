@@ -1,0 +1,166 @@
+"""What the user sees: progress bars while it runs, a summary when it is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..adapter.adapter import Adapter
+from ..adapter.files import DIRECTORY_FILES, is_single_file
+from ..adapter.records import LossReport
+from ..adapter.wording import count, describe_growth, describe_sample, describe_search
+from ..layers.expert_layout import expert_names
+from ..machine import Peaks, describe_size
+from ..monitor import Monitor
+from .trainer_lines import lines_for_trainers
+
+
+def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Sequence[Peaks]) -> dict[str, Any]:
+    """The run's figures: what --json prints, and the table shows. processes: the peaks of each."""
+    resident, device = zip(*processes, strict=True)
+    layers = adapter.layers.values()
+    captured = [layer.captured_energy for layer in layers]
+    sines = [layer.sine for layer in layers if layer.sine is not None]
+    files = [output] if is_single_file(output) else [output / name for name in DIRECTORY_FILES]
+    return {
+        "output": str(output),
+        "output_bytes": sum(file.stat().st_size for file in files),
+        "base": adapter.base.get("name"),
+        "layers": len(adapter.layers),
+        "experts": _summarize_experts(adapter),
+        "parameters": adapter.num_parameters,
+        "rank": adapter.config.rank,
+        "ranks": _summarize_ranks(adapter),
+        "alpha": adapter.config.alpha,
+        "gamma": adapter.gamma,
+        "scaling": adapter.config.scaling,
+        "captured_energy_min": min(captured),
+        "captured_energy_median": median(captured),
+        "largest_sine": max(sines, default=None),
+        "layers_without_gap": len(adapter.layers) - len(sines),
+        "layers_not_spectral": {name: layer.init for name, layer in adapter.layers.items() if layer.init != "spectral"},
+        "sample": dict(adapter.sample),
+        "growth": None if adapter.growth is None else asdict(adapter.growth),
+        "loss": asdict(adapter.loss),
+        "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
+        "processes": len(processes),
+        "peak_memory_bytes": max((peak for peak in resident if peak is not None), default=None),
+        "trainers": lines_for_trainers(adapter, output),
+        "peak_device_memory_bytes": max((peak for peak in device if peak is not None), default=None),
+    }
+
+
+def _summarize_ranks(adapter: Adapter) -> dict[str, float] | None:
+    """Of the layers, where a budget gave them several."""
+    ranks = adapter.ranks.values()
+    if adapter.config.rank_budget is None:
+        return None
+    return {"min": min(ranks), "median": median(ranks), "max": max(ranks), "total": sum(ranks)}
+
+
+def _summarize_experts(adapter: Adapter) -> dict[str, int] | None:
+    """How many of the layers are an expert's matrix, and to how many of these no token came that has a gradient."""
+    inits = [adapter.layers[name].init for name in expert_names(adapter.experts)]
+    return {"matrices": len(inits), "without_gradient": inits.count("standard")} if inits else None
+
+
+def print_summary(summary: Mapping[str, Any], as_json: bool) -> None:
+    """JSON on standard output, or a table."""
+    if as_json:
+        print(json.dumps(summary, indent=2, allow_nan=False))
+    else:
+        _print_table(summary)
+
+
+def warn_if_worse(loss: LossReport, gamma: float) -> None:
+    """Say loudly, on standard error, that the step raises the loss."""
+    if loss.after is not None and (loss.after < loss.before if loss.curve else loss.after <= loss.before):
+        return
+    after = "something that is not finite" if loss.after is None else f"{loss.after:.4f}"
+    text = f"WARNING: the step RAISES the loss from {loss.before:.4f} to {after} at γ = {gamma:g}."
+    if loss.curve:
+        text = (
+            f"WARNING: NO γ of {len(loss.curve)} lowers the loss on the rows held out from {loss.before:.4f}; the step"
+            f" at γ = {gamma:g} leads to {after}."
+        )
+    if loss.suggested_gamma is not None:
+        text += f" Try --gamma {loss.suggested_gamma:g}: {loss.suggested_loss:.4f} on the same rows."
+    Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
+
+
+def _print_table(summary: Mapping[str, Any]) -> None:
+    sample = summary["sample"]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for label, value in (
+        ("base", str(summary["base"])),
+        ("layers", f"{summary['layers']} of rank {_describe_ranks(summary)}, {summary['parameters']:,} parameters"),
+        *([("experts", _describe_experts(summary["experts"]))] if summary["experts"] else []),
+        ("data", describe_sample(sample)),
+        *([("samples", describe_growth(summary["growth"]))] if summary["growth"] else []),
+        (
+            "captured energy",
+            f"{summary['captured_energy_min']:.1%} min, {summary['captured_energy_median']:.1%} median",
+        ),
+        ("SVD accuracy", _describe_accuracy(summary)),
+        ("loss", _describe_loss(summary["loss"])),
+        *([("γ", describe_search(summary["gamma"], summary["loss"]["curve"]))] if summary["loss"]["curve"] else []),
+        ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
+        ("peak memory", _describe_peak(summary)),
+        ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
+    ):
+        table.add_row(label, Text(value))
+    odd = summary["layers_not_spectral"]
+    if odd:
+        text = f"{count(len(odd), 'layer')} with a gradient of lower rank, or none, such as {next(iter(odd))}"
+        table.add_row("standard rows", Text(text))
+    console = Console()
+    console.print(table)
+    for trainer, lines in summary["trainers"].items():
+        console.print(f"\n[bold]{trainer}[/bold]")
+        console.print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe_ranks(summary: Mapping[str, Any]) -> str:
+    ranks = summary["ranks"]
+    if ranks is None:
+        return str(summary["rank"])
+    return f"{ranks['min']} to {ranks['max']} (median {ranks['median']:g}, {ranks['total']:,} together)"
+
+
+def _describe_experts(experts: Mapping[str, int]) -> str:
+    text = f"{experts['matrices']:,} of the layers are matrices of experts"
+    unmet = experts["without_gradient"]
+    return f"{text}, {unmet:,} of them met no token and start as in plain LoRA" if unmet else text
+
+
+def _describe_peak(summary: Mapping[str, Any]) -> str:
+    peak, device = summary["peak_memory_bytes"], summary["peak_device_memory_bytes"]
+    text = "unknown" if peak is None else describe_size(peak)
+    text = text if device is None else f"{text}, {describe_size(device)} on the device"
+    return text if summary["processes"] == 1 else f"{text}; the largest of {summary['processes']} processes"
+
+
+def _describe_loss(loss: Mapping[str, Any]) -> str:
+    after = "not finite" if loss["after"] is None else f"{loss['after']:.4f}"
+    rows = count(loss["rows"], "row")
+    if loss["held_out"]:
+        return f"{loss['before']:.4f} → {after} on {rows} held out ({loss['sample']:.4f} before, on the others)"
+    return f"{loss['before']:.4f} → {after} on {rows} of those the gradient is from ({loss['sample']:.4f} on all)"
+
+
+def _describe_accuracy(summary: Mapping[str, Any]) -> str:
+    worst = summary["largest_sine"]
+    text = "no layer has a gap after rank r" if worst is None else f"sin∠ ≤ {worst:.1e} in every layer"
+    if worst is not None and summary["layers_without_gap"]:
+        text += f" but {summary['layers_without_gap']} without a gap after rank r"
+    return text

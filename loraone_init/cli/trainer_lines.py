@@ -1,0 +1,36 @@
+"""Lines for the configuration of common trainers that make them go on from an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..adapter.adapter import Adapter
+from ..adapter.files import is_single_file
+from ..adapter.model_card import opening_lines
+
+_DIRECTORY = "lora-dir"
+
+
+def lines_for_trainers(adapter: Adapter, output: Path) -> dict[str, str]:
+    """Ready to paste, by trainer. All read a PEFT directory: for a single file, the first says how to make one of it.
+
+    Axolotl's lora_model_dir, LLaMA-Factory's adapter_name_or_path and ms-swift's --adapters go on from an adapter.
+    Those three train language models: other adapters get PEFT's lines only.
+    """
+    model, single = adapter.base.get("name") or "MODEL", is_single_file(output)
+    directory = _DIRECTORY if single else str(output)
+    lines = {
+        "PEFT, TRL": (
+            f"from peft import PeftModel\n{opening_lines(model, adapter.task_type, adapter.sample)}\n"
+            f'model = PeftModel.from_pretrained(base, "{directory}", is_trainable=True)'
+        ).replace("\n\n", "\n"),
+        "Axolotl": f"base_model: {model}\nadapter: lora\nlora_model_dir: {directory}",
+        "LLaMA-Factory": f"model_name_or_path: {model}\nfinetuning_type: lora\nadapter_name_or_path: {directory}",
+        "ms-swift": f"swift sft --model {model} --adapters {directory}",
+    }
+    if adapter.task_type != "CAUSAL_LM":
+        lines = {"PEFT": lines["PEFT, TRL"]}
+    if not single:
+        return lines
+    convert = f"from loraone_init import Adapter; Adapter.load('{output}').save('{_DIRECTORY}')"
+    return {"As a directory": f'python -c "{convert}"', **lines}

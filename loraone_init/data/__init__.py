@@ -1,0 +1,13 @@
+"""DATA read, encoded, sampled, and cut into micro-batches and shares.
+
+May import none of the other packages.
+"""
+
+from __future__ import annotations
+
+from .classification_rows import read_labels
+from .labels import Labels
+from .options import DataOptions
+from .sample import Sample, load_batches
+
+__all__ = ["DataOptions", "Labels", "Sample", "load_batches", "read_labels"]

@@ -1,0 +1,83 @@
+"""Encoded rows → micro-batches: rows of like length together, little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+IGNORED = -100
+"""The label of a token that is not trained on."""
+
+
+Batch = dict[str, torch.Tensor]
+"""What the model takes, and labels. Token sequences are (rows, tokens) int64 with the padding on the right."""
+
+Field = tuple[Any, int | None]
+"""A row's share of a tensor of the batch: a sequence and what shorter ones end in, or any value and None."""
+
+MAX_PADDING = 16
+"""Tokens that a row of a micro-batch may be shorter than its longest; an eighth of the longest if that is more. A
+block's weights are loaded once for all micro-batches, so that many small ones cost little, while padding costs as
+much as tokens."""
+
+
+class TokenRow(Protocol):
+    """A row of data as tokens. input_ids: what the model (its encoder) reads; truncated: whether some were cut."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+
+    @property
+    def truncated(self) -> bool: ...
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the sequences that are padded."""
+        ...
+
+    @property
+    def num_targets(self) -> int:
+        """Terms of the loss."""
+        ...
+
+    def to_bytes(self) -> bytes:
+        """What the digest of the data is made of."""
+        ...
+
+    def fields(self, pad_id: int) -> Mapping[str, Field]:
+        """The row's share of a micro-batch's tensors, by name."""
+        ...
+
+
+def collate(rows: Sequence[TokenRow], pad_id: int) -> Batch:
+    """One micro-batch, padded to its longest row."""
+    fields = [row.fields(pad_id) for row in rows]
+    return {name: _stacked([row[name][0] for row in fields], pad) for name, (_, pad) in fields[0].items()}
+
+
+def rows_of_like_length(rows: Sequence[TokenRow], batch_size: int, batch_tokens: int) -> Iterator[list[TokenRow]]:
+    """Groups of at most so many rows and tokens, none much shorter than the longest of its group, shortest first."""
+    members: list[TokenRow] = []
+    for row in sorted(rows, key=lambda row: row.lengths):
+        if members and not _fit([*members, row], batch_size, batch_tokens):
+            yield members
+            members = []
+        members.append(row)
+    yield members
+
+
+def _fit(rows: list[TokenRow], batch_size: int, batch_tokens: int) -> bool:
+    sides = list(zip(*(row.lengths for row in rows), strict=True))  # a source has one length, a source and target two
+    tokens = len(rows) * sum(map(max, sides))
+    alike = all(max(side) - min(side) <= max(MAX_PADDING, max(side) / 8) for side in sides)
+    return len(rows) <= batch_size and tokens <= batch_tokens and alike
+
+
+def _stacked(values: list[Any], pad: int | None) -> torch.Tensor:
+    """One tensor of all rows; sequences shorter than the longest end in `pad`."""
+    if pad is None:
+        return torch.tensor(values)
+    width = max(map(len, values))
+    return torch.tensor([row + [pad] * (width - len(row)) for row in values], dtype=torch.int64)

@@ -1,0 +1,228 @@
+"""Training data as rows: DATA, a file or a hub data set, read as dicts.
+
+    .jsonl  .json  .csv  .parquet  .txt        by the file's suffix
+    name  org/name  org/name:configuration     a data set on the Hugging Face hub, through the library `datasets`
+
+Nothing here knows about tokens; `formats` gives the columns their meaning.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError, describe
+
+Row = dict[str, Any]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+"""The files that can be read."""
+
+_EXTRA = 'pip install "loraone-init[data]"'
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
+_MAX_CSV_FIELD = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source. `rows[i]` is row number i + 1 as a dict, read when it is asked for.
+
+    source: DATA as it was given.
+    length: how many rows there are, at least 1.
+    read:   from an index, 0 to length - 1, to the row.
+    """
+
+    source: str
+    length: int
+    read: Callable[[int], Row]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Row:
+        return self.read(index)
+
+
+def read_rows(source: str, *, split: str | None = None, revision: str | None = None, token: str | None = None) -> Rows:
+    """Open a file, or a data set on the hub, as rows.
+
+    source:          path of a file (its suffix tells the format), else a hub id: `name`, `org/name`,
+                     `org/name:configuration`. What exists here as a path is a path.
+    split:           part of a hub data set, "train" unless given; slices such as "train[:1000]" work.
+    revision, token: of a hub data set; a file needs neither.
+
+    Raises DataError where there is nothing to read or it cannot be read, ConfigError for the split of a file.
+    """
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path) or _looks_like_path(source):
+        if split is not None:
+            raise ConfigError(f"split {split!r} is for hub data sets, but {source!r} is a file; leave --split out")
+        rows = _read_file(source, path)
+    else:
+        rows = _read_hub(source, split or "train", revision, token)
+    if not len(rows):
+        raise DataError(f"{source!r} has no rows; expected at least one")
+    return rows
+
+
+def json_type(value: object) -> str:
+    """What messages call a value: object, list, string, null, or the name of its Python type."""
+    names: dict[type, str] = {
+        dict: "object",
+        list: "list",
+        str: "string",
+        int: "number",
+        float: "number",
+        bool: "boolean",
+        type(None): "null",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _looks_like_path(source: str) -> bool:
+    return Path(source).suffix.lower() in SUFFIXES or _HUB_ID.fullmatch(source) is None
+
+
+def _read_file(source: str, path: Path) -> Rows:
+    known = ", ".join(SUFFIXES)
+    if os.path.isdir(path):
+        raise DataError(f"{source!r} is a directory; give one file ({known}) or a hub data set id")
+    if not os.path.exists(path):
+        raise DataError(f"{source!r} does not exist; give a file ({known}) or a hub data set id such as org/name")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{source!r} has the unknown suffix {path.suffix!r}; expected one of {known}")
+    if suffix == ".parquet":
+        return _read_parquet(source, path)
+    rows = _PARSERS[suffix](_read_text(source, path), source)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"{source!r}: row {number} is not an object but {json_type(row)}; expected column: value")
+    return Rows(source, len(rows), rows.__getitem__)
+
+
+def _read_text(source: str, path: Path) -> str:
+    """The whole file as text, without a byte order mark."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {source!r}: {error.strerror or describe(error)}") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise DataError(f"{source!r} is not UTF-8 (line {line}); save it as UTF-8") from error
+    if not text.strip():
+        raise DataError(f"{source!r} is empty; expected at least one row")
+    return text
+
+
+def _parse_jsonl(text: str, source: str) -> list[Any]:
+    rows = []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line.rstrip("\n")))
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{source!r}: line {number} is not JSON: {error.msg}, column {error.colno}; expected one object"
+                ) from error
+    return rows
+
+
+def _parse_json(text: str, source: str) -> list[Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "; JSON with one object a line is named .jsonl" if error.msg == "Extra data" else ""
+        raise DataError(
+            f"{source!r} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}{hint}"
+        ) from error
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise DataError(f"{source!r} is an object with {len(lists)} lists in it; expected one list of rows")
+        return lists[0]
+    if not isinstance(content, list):
+        raise DataError(f"{source!r} holds {json_type(content)}; expected a list of objects")
+    return content
+
+
+def _parse_csv(text: str, source: str) -> list[Any]:
+    """A header row, then one row a record; a field that a record lacks is None."""
+    with _long_csv_fields():
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            header = list(reader.fieldnames or [])
+            rows = list(reader)
+        except csv.Error as error:
+            raise DataError(f"{source!r} is not CSV: {error}, line {reader.reader.line_num}") from error
+    if len(set(header)) < len(header):
+        raise DataError(f"{source!r} has a column name twice in its header: {', '.join(header)}")
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise DataError(f"{source!r}: row {number} has more fields than the header ({len(header)}); quote commas")
+    return rows
+
+
+@contextmanager
+def _long_csv_fields() -> Iterator[None]:
+    """Lift the module-wide limit of 128 KiB a field."""
+    before = csv.field_size_limit(_MAX_CSV_FIELD)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parse_txt(text: str, source: str) -> list[Any]:
+    """One sample a line, as the column `text`; empty lines are left out."""
+    lines = (line.rstrip("\n") for line in io.StringIO(text, newline=None))
+    return [{"text": line} for line in lines if line.strip()]
+
+
+_PARSERS: dict[str, Callable[[str, str], list[Any]]] = {
+    ".jsonl": _parse_jsonl,
+    ".json": _parse_json,
+    ".csv": _parse_csv,
+    ".txt": _parse_txt,
+}
+
+
+def _read_parquet(source: str, path: Path) -> Rows:
+    """The table stays in Arrow's memory; a row becomes a dict when it is read."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{source!r}: .parquet files need pyarrow; {_EXTRA}") from error
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {source!r}: {describe(error)}") from error
+    return Rows(source, table.num_rows, lambda index: table.slice(index, 1).to_pylist()[0])
+
+
+def _read_hub(source: str, split: str, revision: str | None, token: str | None) -> Rows:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source!r} is no file here, and data sets from the hub need the library datasets; {_EXTRA}"
+        ) from error
+    name, _, configuration = source.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, configuration or None, split=split, revision=revision, token=token)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{source!r} is no file here, and as a data set from the hub (split {split!r}) it cannot be loaded: "
+            f"{describe(error)}"
+        ) from error
+    return Rows(source, len(loaded), loaded.__getitem__)

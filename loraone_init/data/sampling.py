@@ -1,0 +1,109 @@
+"""Which rows of the data are drawn, in the order of a seeded permutation."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..errors import DataError
+from .batches import TokenRow
+from .formats import Format
+from .rows import Row, Rows
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 16
+"""Rows that a search for γ holds out, unless told otherwise."""
+
+
+class RowEncoder(Protocol):
+    """What turns each row of one source into tokens."""
+
+    @property
+    def format(self) -> Format: ...
+
+    def encode(self, row: Row, number: int) -> TokenRow: ...
+
+
+@dataclass
+class Draw:
+    """used: rows of the sample; beyond: those of other content after them, to be held out.
+
+    dropped: places in the permutation of rows without a token to train on.
+    """
+
+    used: list[TokenRow] = field(default_factory=list)
+    beyond: list[TokenRow] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    _places: dict[int, int] = field(default_factory=dict)  # by the row's id: equal rows have several
+
+    def place(self, row: TokenRow) -> int:
+        """Of one of these rows in the permutation."""
+        return self._places[id(row)]
+
+
+def draw_rows(rows: Rows, encoder: RowEncoder, samples: int, held_out: int, seed: int) -> Draw:
+    """So many rows for the sample and to hold out, or what there are. No other row is tokenised."""
+    draw = Draw()
+    contents: set[bytes] = set()
+    for place, index in _order(len(rows), seed, as_they_are=len(rows) <= samples and not held_out):
+        row = encoder.encode(rows[index], index + 1)
+        draw._places[id(row)] = place
+        if not row.num_targets:
+            draw.dropped.append(place)
+        elif len(draw.used) < samples:
+            draw.used.append(row)
+            contents.add(row.to_bytes())
+        elif row.to_bytes() not in contents:
+            draw.beyond.append(row)
+        if len(draw.used) == samples and len(draw.beyond) == held_out:
+            break
+    return draw
+
+
+def _order(available: int, seed: int, as_they_are: bool) -> Iterable[tuple[int, int]]:
+    """(place in the seeded permutation, index) of the rows, in the order in which they are drawn."""
+    permutation: list[int] = torch.randperm(available, generator=torch.Generator().manual_seed(seed)).tolist()
+    permuted = enumerate(permutation)
+    return sorted(permuted, key=lambda row: row[1]) if as_they_are else permuted
+
+
+def divide_rows(
+    used: Sequence[TokenRow], beyond: Sequence[TokenRow], held_out: int, source: str
+) -> tuple[list[TokenRow], list[TokenRow]]:
+    """(rows of the gradient, rows held out of it); no row of either has the content of one of the other.
+
+    used, beyond: rows drawn for the gradient, and after them, of other content; where these are fewer than `held_out`,
+    all rows are drawn. Then a quarter of all is held out, `held_out` at most, and what `beyond` lacks of them is taken
+    from the end of `used`, a row with all its copies.
+
+    Raises DataError where nothing would be left for the gradient.
+    """
+    if len(beyond) >= held_out:
+        return list(used), list(beyond)
+    num_rows = len(used) + len(beyond)
+    missing = min(held_out, max(1, num_rows // 4)) - len(beyond)
+    contents = [row.to_bytes() for row in used]
+    copies = Counter(contents)
+    moved: set[bytes] = set()
+    for content in reversed(contents):
+        if sum(copies[other] for other in moved) >= missing:
+            break
+        moved.add(content)
+    kept = [row for row, content in zip(used, contents, strict=True) if content not in moved]
+    held = [row for row, content in zip(used, contents, strict=True) if content in moved] + list(beyond)
+    if not kept:
+        raise DataError(
+            f"{source!r} has {num_rows} trainable row{'s' * (num_rows > 1)}, of which none can be held out of the"
+            " gradient; two that differ are needed at least, or hold none out (a number for --gamma)"
+        )
+    logger.warning(
+        "Of %d trainable rows, fewer than were asked for, %d are for the gradient and %d are held out of it",
+        *(num_rows, len(kept), len(held)),
+    )
+    return kept, held

@@ -1,0 +1,110 @@
+"""The loss of a micro-batch, in two halves: the model up to its last block, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, DataError
+from ..layers.patching import without_cache
+from .losses import RowLosses
+
+Batch = Mapping[str, torch.Tensor]
+LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int]]
+
+
+class Objective(Protocol):
+    """What is differentiated: the sum of a batch's losses; the mean's 1/count is applied to the finished gradient."""
+
+    def check(self, batches: Sequence[Any]) -> None:
+        """Raise DataError for batches that cannot be run, before any is."""
+        ...
+
+    def active(self) -> AbstractContextManager[None]:
+        """A context around all `forward` calls of a pass."""
+        ...
+
+    def forward(self, batch: Any) -> Any:
+        """Run the model on `batch` through its blocks; what `finish` needs."""
+        ...
+
+    def finish(self, features: Any, batch: Any, *, backward: bool) -> RowLosses:
+        """The losses; with `backward`, their sum is back-propagated to where `features` came from."""
+        ...
+
+
+class WholeModel:
+    """Any model with any loss: `loss(model, batch)` gives the summed loss and the number of terms in it."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
+        self._model = model
+        self._loss = loss
+
+    def check(self, batches: Sequence[Any]) -> None:
+        """Only the loss function knows what it can take."""
+
+    def active(self) -> AbstractContextManager[None]:
+        return without_cache(self._model)
+
+    def forward(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | int]:
+        answer: Any = self._loss(self._model, batch)
+        if not (isinstance(answer, tuple) and len(answer) == 2 and _is_scalar(answer[0]) and _is_scalar(answer[1])):
+            raise ConfigError("the loss function has to return two numbers: the summed loss and how many terms it has")
+        total, count = answer
+        return torch.as_tensor(total), count
+
+    def finish(self, features: tuple[torch.Tensor, torch.Tensor | int], batch: Any, *, backward: bool) -> RowLosses:
+        total, count = features
+        if backward and total.requires_grad:
+            torch.autograd.backward(total, retain_graph=True)
+        return RowLosses(total.detach().double().cpu().reshape(1), torch.as_tensor(count).double().cpu().reshape(1))
+
+
+def check_tokens(model: nn.Module, sequences: Sequence[torch.Tensor]) -> None:
+    """Raise DataError for a token or position that the model has no embedding for. sequences: (rows, tokens) each."""
+    largest = max(int(tokens.max()) for tokens in sequences)
+    longest = max(tokens.shape[1] for tokens in sequences)
+    vocabulary, positions = _num_embeddings(model), _num_positions(model)
+    if vocabulary is not None and largest >= vocabulary:
+        raise DataError(
+            f"the tokenizer gives token id {largest}, but the model has {vocabulary} embeddings; does the tokenizer"
+            " belong to the model?"
+        )
+    if positions is not None and longest > positions:
+        raise DataError(
+            f"a row has {longest} tokens, but the model has {positions} positions; use --max-length {positions}"
+        )
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, None for a module without one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def _num_embeddings(model: nn.Module) -> int | None:
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    return getattr(getter(), "num_embeddings", None) if callable(getter) else None
+
+
+def _num_positions(model: nn.Module) -> int | None:
+    """Learned positions; None for rotary ones, which go on beyond what the model was trained on."""
+    config = text_config(model)
+    if getattr(config, "rope_parameters", None) is not None:
+        return None
+    declared: int | None = getattr(config, "max_position_embeddings", None)
+    paddings = [
+        getattr(module, "padding_idx", None)
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+    ]
+    first = max((padding + 1 for padding in paddings if padding is not None), default=0)  # RoBERTa counts from there
+    return None if declared is None else declared - first
+
+
+def _is_scalar(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))

@@ -1,0 +1,153 @@
+"""What a run will need, told from the model's shapes and the sample before anything is computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..gradients.causal_lm import MAX_LOGITS
+from ..layers.sizes import (
+    activation_elements,
+    element_size,
+    experts_within,
+    gradient_bytes,
+    hidden_size,
+    num_weights,
+    routed_share,
+    total_bytes,
+)
+from ..layers.targets import is_linear
+from ..models.opening import OpenModel
+from .evaluation import num_evaluated
+
+_LOGIT_BUFFERS = 3
+_EFFICIENCY = 0.65  # share of the matrix rate that whole blocks reach: seen 0.6 forward, 0.7 backward, on 2 cores
+_SVD_ITERATIONS, _SVD_VECTORS, _SVD_EFFICIENCY = 5, 24, 0.2
+_BLOCKS_AT_ONCE = {  # by placement, and whether on a CPU
+    ("device", True): 0,
+    ("device", False): 0,
+    ("host", True): 0,
+    ("host", False): 2,
+    ("disk", True): 1,
+    ("disk", False): 2,
+}
+_PROBE = 1024  # size of the product that measures the machine
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, on the device.
+
+    outside:   weights that are always there: those that belong to no block, or all where none come and go.
+    block:     weights that come and go: of the largest block; of two, where the next one comes ahead.
+    gradients: of that block's target layers, and a copy of the largest for its SVD; twice as much in halves.
+    inputs:    of all blocks, for the whole sample: kept from the forward to the backward.
+    working:   what one block computes for the largest micro-batch, or the head for its chunk of logits.
+    """
+
+    outside: int
+    block: int
+    gradients: int
+    inputs: int
+    working: int
+
+    @property
+    def to_come(self) -> int:
+        """What is not there yet when the model has been opened, but for the inputs."""
+        return self.block + self.gradients + self.working
+
+    @property
+    def total(self) -> int:
+        return self.outside + self.inputs + self.to_come
+
+
+def estimate_memory(
+    opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], in_halves: bool = False
+) -> Memory:
+    """For batches with input_ids; of others nothing is known, so that inputs and working are 0.
+
+    in_halves: each layer has two sums, one for each half of the sample.
+    """
+    tensors = [*opened.module.named_parameters(), *opened.module.named_buffers()]
+    blocks = {block: [t for name, t in tensors if name.startswith(f"{block}.")] for block in opened.blocks}
+    block = max((total_bytes(inside) for inside in blocks.values()), default=0)
+    everything = total_bytes([t for _, t in tensors])
+    copies = _BLOCKS_AT_ONCE[opened.placement, opened.device.type == "cpu"]
+    gradients = [gradient_bytes(targets, name, in_halves) for name in opened.blocks]
+    read = [batch for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
+    tokens = [list(num_tokens(opened, batch).values()) for batch in read]
+    size = element_size(opened.module)
+    graph = int(size * _graph_elements(opened))
+    has_vocabulary = bool(read) and opened.labels is None
+    head = _LOGIT_BUFFERS * MAX_LOGITS * max(4, size) if has_vocabulary else 0
+    return Memory(
+        outside=everything - (sum(map(total_bytes, blocks.values())) if copies else 0),
+        block=copies * block,
+        gradients=max(gradients, default=0),
+        inputs=hidden_size(opened.module) * size * sum(map(sum, tokens)),
+        working=max(graph * max(map(max, filter(None, tokens)), default=0), head),
+    )
+
+
+def num_tokens(opened: OpenModel, batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """That pass each block, padding included: an encoder-decoder's decoder reads the labels, all else the input."""
+    decoder = opened.module.get_decoder() if opened.task == "seq2seq-lm" else None  # type: ignore[operator]
+    inside = set() if decoder is None else set(decoder.modules())
+    sides = {name: "labels" if opened.module.get_submodule(name) in inside else "input_ids" for name in opened.blocks}
+    return {name: batch[side].numel() for name, side in sides.items()}
+
+
+def estimate_seconds(
+    opened: OpenModel,
+    targets: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    num_label_tokens: int,
+    evaluated: int | None = None,
+) -> float:
+    """After the model is open; by the floating-point operations of all products, and the machine's rate for one.
+
+    evaluated: rows that go through the model after the gradient, in all passes; None: some of the batches' once.
+    """
+    tokens = {name: sum(num_tokens(opened, batch)[name] for batch in batches) for name in opened.blocks}
+    rows: int = sum(len(batch["input_ids"]) for batch in batches)
+    linear = [name for name, module in opened.module.named_modules() if is_linear(module)]
+    inside = {name: block for name in linear for block in opened.blocks if name.startswith(f"{block}.")}
+    products_of = {
+        name: 2.0 * tokens[block] * num_weights(opened.module.get_submodule(name)) for name, block in inside.items()
+    }
+    routed = routed_share(opened.module)
+    for block in opened.blocks:
+        experts = sum(map(num_weights, experts_within(opened.module.get_submodule(block))))
+        products_of[f"{block} experts"] = 2.0 * tokens[block] * routed * experts
+    forward = sum(products_of.values())
+    head = 4.0 * num_label_tokens * sum(num_weights(opened.module.get_submodule(n)) for n in {*linear} - {*inside})
+    adapted = sum(num_weights(module) for module in targets.values())
+    svd = 4.0 * _SVD_VECTORS * _SVD_ITERATIONS * adapted
+    share = (num_evaluated(rows) if evaluated is None else evaluated) / rows
+    gradients = sum(products for name, products in products_of.items() if name in targets or name.endswith(" experts"))
+    products = (2 + share) * forward + forward + gradients + head
+    return (products / _EFFICIENCY + svd / _SVD_EFFICIENCY) / matrix_rate(opened.device)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations per second of an fp32 product, the best of ten."""
+    A = torch.ones(_PROBE, _PROBE, device=device)
+    seconds: list[float] = []
+    for _ in range(11):
+        start = time.perf_counter()
+        (A @ A)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    fastest = min(seconds[1:])
+    return 2.0 * float(_PROBE) ** 3 / fastest
+
+
+def _graph_elements(opened: OpenModel) -> float:
+    """Of one token, in the block that has the most."""
+    routed = routed_share(opened.module)
+    blocks = [opened.module.get_submodule(name) for name in opened.blocks]
+    return max((activation_elements(block, routed) for block in blocks), default=0.0)

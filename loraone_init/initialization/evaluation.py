@@ -1,0 +1,163 @@
+"""The loss before and after the step, on rows held out of the gradient or else on some of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapter.records import LossReport
+from ..choosing.gamma import USUAL_PASSES, Trials, find_gamma, finite, first_lower
+from ..config import AUTO, Auto, InitConfig
+from ..data.pieces import share_of
+from ..errors import DataError, NumericalError
+from ..gradients.losses import RowLosses, check_losses, sum_losses
+from ..gradients.objective import Objective
+from ..gradients.stream import stream_losses
+from ..linalg.factors import LoraPair
+from ..monitor import Monitor
+from ..processes.processes import Processes
+from ..streaming.stack import BlockStack
+
+
+def num_evaluated(num_rows: int) -> int:
+    """Rows to evaluate after the step: a quarter of them up to eight rows, then an eighth; at least one."""
+    return max(1, min(num_rows // 4, max(8, num_rows // 8)))
+
+
+@contextmanager
+def applied(
+    pairs: Mapping[str, LoraPair], targets: Mapping[str, nn.Module], scale: float, gamma: float = 1.0
+) -> Iterator[None]:
+    """Inside, each target layer answers y + scale/gamma·B·(A·x): the adapter without changing a weight.
+
+    gamma: where the pairs are those for γ = 1; both factors are then multiplied by γ^(−1/2), as the adapter's will be.
+    """
+    with ExitStack() as stack:
+        for name, pair in pairs.items():
+            hook = targets[name].register_forward_hook(partial(_add_update, pair, scale, gamma), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def _add_update(
+    pair: LoraPair,
+    scale: float,
+    gamma: float,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    x = args[0] if args else next(iter(kwargs.values()))
+    A, B = ((factor * gamma**-0.5).to(x) for factor in (pair.A, pair.B))
+    updated: torch.Tensor = output + scale * (x @ A.T @ B.T)
+    return updated
+
+
+class Forwards:
+    """Plain forward passes through the blocks, shared by all processes, which all get the same losses.
+
+    by_row: whether processes may divide a batch between them. expected: passes that the progress bar counts on.
+    """
+
+    expected = 1
+
+    def __init__(
+        self, stack: BlockStack, objective: Objective, monitor: Monitor, processes: Processes, by_row: bool
+    ) -> None:
+        self._stack = stack
+        self._objective = objective
+        self._monitor = monitor
+        self._processes = processes
+        self._by_row = by_row
+        self._done = 0
+
+    def mean_loss(self, batches: Sequence[Any]) -> tuple[float, int]:
+        """(mean over all terms, number of rows that have any); the mean of none is not a number."""
+        mine = [piece.batch for piece in share_of(batches, self._processes.index, self._processes.size, self._by_row)]
+        losses = stream_losses(self._stack, self._objective, mine, self._on_step)
+        self._done += 1
+        own = (*sum_losses(losses), sum(int((rows.counts > 0).sum()) for rows in losses))
+        totals, counts, num_rows = map(sum, zip(*self._processes.gather(own), strict=True))
+        return totals / counts if counts else math.nan, int(num_rows)
+
+    def _on_step(self, done: int, total: int) -> None:
+        self._monitor.step("evaluate", self._done * total + done, max(self.expected, self._done + 1) * total)
+
+
+def expected_passes(gamma: float | Auto, held_out: bool) -> int:
+    """How many forward passes `evaluate_step` takes as a rule."""
+    return USUAL_PASSES if gamma == AUTO else 2 if held_out else 1
+
+
+def evaluate_step(
+    forwards: Forwards,
+    batches: Sequence[Any],
+    losses: Sequence[RowLosses],
+    held_out: Sequence[Any],
+    pairs: Mapping[str, LoraPair],
+    targets: Mapping[str, nn.Module],
+    config: InitConfig,
+) -> tuple[float, LossReport]:
+    """γ, and the mean losses of W and of W + (s/γ)·B·A: on the batches held out if there are any, else on some rows.
+
+    batches, losses: those of the gradient, and their losses before the step.
+    pairs: factors for γ = 1.
+
+    γ is config.gamma; where the step then raises the loss, it is doubled until one is found that lowers it, which is
+    suggested. For "auto" it is that with the lowest loss (`step_length.find_gamma`).
+
+    Raises DataError where no token of rows held out is trained on, NumericalError where their loss is not finite.
+    """
+    forwards.expected = expected_passes(config.gamma, bool(held_out))
+    sample, _ = check_losses(losses)
+    if held_out:
+        rows, (before, num_rows) = held_out, _checked(forwards.mean_loss(held_out))
+    else:
+        rows, known = _some_rows(batches, losses, config.seed)
+        (before, _), num_rows = check_losses(known), sum(len(part.sums) for part in known)
+
+    def loss_at(gamma: float) -> float:
+        with applied(pairs, targets, config.scale, gamma):
+            return forwards.mean_loss(rows)[0]
+
+    trials = Trials(loss_at)
+    if config.gamma == AUTO:
+        gamma = find_gamma(trials, before)
+        after = finite(trials(gamma))
+        return gamma, LossReport(sample, num_rows, before, after, held_out=bool(held_out), curve=trials.curve)
+    gamma = float(config.gamma)
+    suggested = None if trials(gamma) <= before else first_lower(trials, before, gamma)
+    after, lowered = finite(trials(gamma)), None if suggested is None else trials(suggested)
+    return gamma, LossReport(sample, num_rows, before, after, suggested, lowered, bool(held_out))
+
+
+def _checked(loss: tuple[float, int]) -> tuple[float, int]:
+    """(mean loss, number of rows) of rows held out, without the step."""
+    before, num_rows = loss
+    if num_rows == 0:
+        raise DataError("the rows held out have no trainable tokens: every label is masked; hold out others")
+    if not math.isfinite(before):
+        raise NumericalError(f"the loss of the rows held out is {before}; check them; --dtype float32 may help")
+    return before, num_rows
+
+
+def _some_rows(batches: Sequence[Any], losses: Sequence[RowLosses], seed: int) -> tuple[list[Any], list[RowLosses]]:
+    """Some rows of the batches, and their losses. A batch whose loss is one number is taken whole or not at all."""
+    units = [(index, row) for index, rows in enumerate(losses) for row in range(len(rows.sums)) if rows.counts[row] > 0]
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
+    taken = sorted(units[i] for i in order[: num_evaluated(len(units))])
+    chosen, kept = [], []
+    for index in sorted({index for index, _ in taken}):
+        rows = torch.tensor([row for other, row in taken if other == index])
+        batch = batches[index]
+        by_row = isinstance(batch, Mapping) and len(losses[index].sums) > 1
+        chosen.append({key: value[rows] for key, value in batch.items()} if by_row else batch)
+        kept.append(RowLosses(losses[index].sums[rows], losses[index].counts[rows]))
+    return chosen, kept

@@ -1,0 +1,68 @@
+"""Find a model's blocks: the repeated layers whose weights are streamed one at a time."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import ModelError
+
+
+def find_blocks(model: nn.Module, block_path: str | None = None) -> list[str]:
+    """Names of the model's blocks in module order; [] where none can be told.
+
+    In this order: the children of `block_path` if it is given; module lists whose members are all transformers'
+    `GradientCheckpointingLayer`s; modules of the classes in the model's `_no_split_modules`. Of nested candidates the
+    outermost counts.
+    """
+    if block_path is not None:
+        return _children_of(model, block_path)
+    lists = [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_checkpointing_layer, module))
+        for child, _ in module.named_children()
+    ]
+    if lists:
+        return _outermost(lists)
+    classes = _no_split_classes(model)
+    return _outermost([name for name, module in model.named_modules() if name and type(module).__name__ in classes])
+
+
+def describe_module_lists(model: nn.Module) -> str:
+    """The module lists a user could name as block path, for an error message."""
+    lists = [
+        f"{name} ({len(module)})"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and name
+    ]
+    return ", ".join(lists[:10]) or "none"
+
+
+def _children_of(model: nn.Module, path: str) -> list[str]:
+    try:
+        parent = model.get_submodule(path)
+    except AttributeError:
+        parent = None
+    children = [f"{path}.{name}" for name, _ in parent.named_children()] if parent is not None else []
+    if not children:
+        raise ModelError(f"block path {path!r} names no module list; there are: {describe_module_lists(model)}")
+    return children
+
+
+def _is_checkpointing_layer(module: nn.Module) -> bool:
+    """By name, so that transformers need not be imported for a model that does not come from it."""
+    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+
+
+def _no_split_classes(model: nn.Module) -> set[str]:
+    return set(getattr(model, "_no_split_modules", None) or ())
+
+
+def _outermost(names: list[str]) -> list[str]:
+    chosen = set(names)
+    return [name for name in names if not any(parent in chosen for parent in _parents(name))]
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]

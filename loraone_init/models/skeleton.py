@@ -1,0 +1,74 @@
+"""A model without storage, from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.labels import LabelSource
+from ..errors import ModelError, describe
+from ..tasks import NAMES, Task, auto_class, check_architecture
+from ..weights.base import get_tensor, set_tensor
+from ..weights.checkpoint import Checkpoint
+from .dtypes import DType, declared_dtypes, select_dtype
+from .heads import Head, find_head, fit_labels
+from .loading import UNREADABLE
+from .placement import Placement
+from .quantized import check_dtype, quantization_method
+from .sources import LocalModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The options of `open_model` that say how."""
+
+    device: torch.device
+    dtype: DType
+    trust_remote_code: bool
+    block_path: str | None
+    placement: Placement
+    max_memory: int | None
+    weights: bool
+    task: Task
+    labels: LabelSource
+
+
+def skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: Wanted) -> tuple[PreTrainedModel, Head]:
+    """The model without storage, and its head if it is a classifier.
+
+    Every parameter and buffer is on the meta device, in the dtype it will have.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=wanted.trust_remote_code)
+        check_architecture(source.name, config, wanted.task)
+        model = _from_config(config, wanted)
+        head = find_head(model, checkpoint.names)
+        if wanted.task == "sequence-classification" and fit_labels(model, wanted.labels, head):
+            model = _from_config(model.config, wanted)
+    except (*UNREADABLE, AttributeError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
+        message = describe(error).partition(" Model type should be one of ")[0][:250]  # a list of all there are follows
+        raise ModelError(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}: {message}{hint}") from error
+    if method := quantization_method(model):
+        check_dtype(source.name, method, model.dtype)
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    for name, kept in declared_dtypes(frozen, frozen.dtype).items():
+        set_tensor(frozen, name, get_tensor(frozen, name).to(kept))
+    return frozen, head
+
+
+def _from_config(config: Any, wanted: Wanted) -> PreTrainedModel:
+    dtype = select_dtype(wanted.dtype, wanted.device) or config.dtype or torch.float32
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(wanted.task).from_config(
+            config, dtype=dtype, trust_remote_code=wanted.trust_remote_code
+        )
+    return model

@@ -1,0 +1,32 @@
+"""The tokenizer that comes with a model."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ..errors import describe
+from .sources import LocalModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_tokenizer(source: LocalModel, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None where there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.directory, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the class that the library tokenizers raises
+        logger.debug("%s has no tokenizer that can be read: %s", source.name, describe(error))
+        return None
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # made from nothing, as transformers does for some models
+        logger.debug("%s has no vocabulary for its %s", source.name, type(tokenizer).__name__)
+        return None
+    return tokenizer

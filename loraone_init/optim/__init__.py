@@ -1,0 +1,13 @@
+"""Preconditioned AdamW for LoRA factors. It works in any training loop, with any adapter.
+
+May import `adapter`, `layers` and `linalg`.
+"""
+
+from __future__ import annotations
+
+from .adamw import PreconditionedAdamW
+from .pairing import find_pairs, peft_pairs
+from .preconditioning import precondition
+from .stacking import FactorPair
+
+__all__ = ["FactorPair", "PreconditionedAdamW", "find_pairs", "peft_pairs", "precondition"]

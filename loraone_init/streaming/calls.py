@@ -1,0 +1,139 @@
+"""One micro-batch through one block: the forward and what is kept of it, and the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from ..errors import ModelError
+from .activations import ActivationBudget, HeldBytes
+from .boundary import Gradients, edge_of, is_floating, leaf, requires_grad
+from .keeping import Kept
+from .stack import BlockRequest, BlockStack
+
+
+@dataclass
+class BlockCall:
+    """One micro-batch's passage through one block, as kept for the backward.
+
+    inputs:    all arguments, flattened; tensors as kept, if the graph is not.
+    spec:      how to put them together again.
+    edges:     (index of an input, place in the glue graph) where a gradient has to go further back.
+    gradients: of the floating outputs, as the glue hands them in.
+    graph:     (leaf inputs, what the block returned with its graph), if that is kept; else it is computed again.
+    """
+
+    block: int
+    inputs: list[Any]
+    spec: pytree.TreeSpec
+    edges: list[tuple[int, GradientEdge]]
+    gradients: Gradients
+    graph: tuple[list[Any], Any] | None = None
+
+
+@dataclass
+class Trace:
+    """The blocks that one micro-batch went through, in order."""
+
+    calls: list[BlockCall] = field(default_factory=list)
+
+
+def forward_block(
+    stack: BlockStack,
+    request: BlockRequest,
+    trace: Trace,
+    trained: frozenset[int] | None,
+    budget: ActivationBudget | None,
+) -> tuple[Any, Gradients | None]:
+    """Compute a block; keep the call if its backward is needed, with its graph if that fits; the outputs, detached,
+    and where their gradients go.
+    """
+    inputs, spec = pytree.tree_flatten((request.args, request.kwargs))
+    needs_grad = trained is not None and (request.block in trained or any(map(requires_grad, inputs)))
+    leaves = [leaf(value, requires_grad(value)) for value in inputs]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    versions = [_version(tensor) for tensor in inputs]
+    graph = None
+    if needs_grad and budget is not None and budget.allows(input_bytes(request)):
+        outputs, graph = _with_graph(stack, request.block, args, kwargs, budget, input_bytes(request))
+    else:
+        with torch.no_grad():
+            outputs = stack.run(request.block, args, kwargs)
+    if versions != [_version(tensor) for tensor in inputs]:
+        raise _changes_inputs(stack.names[request.block])
+    outputs = pytree.tree_map(partial(leaf, with_grad=False), outputs)
+    if not needs_grad:
+        return outputs, None
+    keep = stack.keeper.put
+    kept = [keep(value) if isinstance(value, torch.Tensor) else value for value in inputs] if graph is None else []
+    edges = [(index, edge_of(value)) for index, value in enumerate(inputs) if requires_grad(value)]
+    gradients = Gradients(stack.keeper, sum(map(is_floating, pytree.tree_leaves(outputs))))
+    held = None if graph is None else (leaves, graph)
+    trace.calls.append(BlockCall(request.block, kept, spec, edges, gradients, held))
+    return outputs, gradients
+
+
+def _with_graph(
+    stack: BlockStack, block: int, args: tuple[Any, ...], kwargs: dict[str, Any], budget: ActivationBudget, size: int
+) -> tuple[Any, Any]:
+    """What the block returns, twice: plain, and with its graph, or None if that turns out not to fit.
+
+    size: of the block's input, in bytes.
+    """
+    held = HeldBytes()
+    try:
+        with torch.enable_grad(), held.counted(stack.module(block)):
+            outputs = stack.run(block, args, kwargs)
+    except RuntimeError as error:
+        if "in-place operation" in str(error):
+            raise _changes_inputs(stack.names[block]) from error
+        raise
+    plain = pytree.tree_map(partial(leaf, with_grad=False), outputs)
+    return plain, outputs if budget.take(held.total, size) else None
+
+
+def _changes_inputs(block: str) -> ModelError:
+    return ModelError(f"block {block} changes its inputs in place; it cannot be computed again")
+
+
+def backward_block(stack: BlockStack, call: BlockCall) -> None:
+    leaves, outputs = call.graph or _compute_again(stack, call)
+    call.graph = None
+    tensors = [value for value in pytree.tree_leaves(outputs) if is_floating(value)]
+    pairs = [(tensor, call.gradients.take(index)) for index, tensor in enumerate(tensors) if tensor.requires_grad]
+    pairs = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+    if pairs:
+        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+    for index, edge in call.edges:
+        if leaves[index].grad is not None:
+            # Retained: blocks that share a source pass through the same glue, one after the other.
+            torch.autograd.backward(edge, leaves[index].grad, retain_graph=True)
+
+
+def _compute_again(stack: BlockStack, call: BlockCall) -> tuple[list[Any], Any]:
+    """The inputs as leaves, which are kept no longer than they are needed, and the outputs with their graph."""
+    inputs, call.inputs = call.inputs, []
+    with_grad = {index for index, _ in call.edges}
+    leaves = [
+        leaf(value.get(), index in with_grad) if isinstance(value, Kept) else value
+        for index, value in enumerate(inputs)
+    ]
+    del inputs
+    args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+    with torch.enable_grad():
+        return leaves, stack.run(call.block, args, kwargs)
+
+
+def input_bytes(request: BlockRequest) -> int:
+    """Of the floating tensors that a call takes, each storage once."""
+    tensors = [value for value in pytree.tree_leaves((request.args, request.kwargs)) if is_floating(value)]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, torch.Tensor) else None

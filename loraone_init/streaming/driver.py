@@ -1,0 +1,187 @@
+"""Run a model block by block: every micro-batch passes a block while its weights are there, then the next block.
+
+The model's own forward runs once for each micro-batch, so that masks, positions and all glue between the blocks are
+the model's. A block's call is intercepted: the driver computes it from detached inputs, which it keeps, and answers
+with outputs that start a new graph. What remains between the blocks is a small autograd graph of glue for each
+micro-batch, which holds no block's output. Backward goes through the blocks in reverse: compute again from the kept
+inputs (unless memory allowed to keep the forward's graph), back-propagate the outputs' gradients, hand those of the
+inputs to the glue, which adds them up at the earlier outputs. Tensors that several blocks share (an encoder's output,
+a position bias) need nothing special; what they share through a mapping does (see `mappings`).
+
+One micro-batch is on the device at a time, with all that a `Keeper` has room for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from .activations import ActivationBudget
+from .boundary import Answer
+from .calls import Trace, backward_block, forward_block, input_bytes
+from .coroutines import Coroutine
+from .stack import BlockRequest, BlockStack
+from .too_large import watched
+
+__all__ = ["BlockStack", "Trace", "stream_backward", "stream_forward"]
+
+
+def stream_forward(
+    stack: BlockStack,
+    forwards: Sequence[Callable[[], Any]],
+    finish: Callable[[int, Any], None],
+    trained: frozenset[int] | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+    budget: ActivationBudget | None = None,
+    on_turn: Callable[[int], None] = lambda index: None,
+) -> list[Trace]:
+    """Run each of `forwards` (one for each micro-batch), all of them through a block before the next block.
+
+    finish(i, result): called as soon as the i-th forward has returned `result`, before the next one returns.
+    trained:           the blocks that contain target layers; calls from the first of them on are kept. None: a plain
+                       forward without gradients, in which nothing is kept.
+    on_step:           told the number of block calls that are done, and the number of blocks.
+    budget:            for graphs that are kept for the backward; None keeps none.
+    on_turn:           told the number of the micro-batch whose turn it is, whenever that changes.
+
+    Raises ModelError where micro-batches call different blocks, or a block changes its inputs in place, TooLargeError
+    where memory does not suffice for one of them.
+    """
+    passages = [_Passage(stack, forward, trained, budget) for forward in forwards]
+    try:
+        with stack.intercepted():
+            done = 0
+            while _pass_a_block(stack, passages, finish, on_turn, budget if done == 0 else None):
+                done += 1
+                on_step(done, len(stack.names))
+    finally:
+        for passage in passages:
+            passage.close()
+    return [passage.trace for passage in passages]
+
+
+def _pass_a_block(
+    stack: BlockStack,
+    passages: Sequence[_Passage],
+    finish: Callable[[int, Any], None],
+    on_turn: Callable[[int], None],
+    budget: ActivationBudget | None,
+) -> bool:
+    """Every micro-batch goes on to the next block and through it, one after the other; False where all have finished.
+
+    budget: sets room for the inputs of all blocks aside, told by those of this one.
+    """
+    block: int | None = None
+    with ExitStack() as weights:
+        for index, passage in enumerate(passages):
+            on_turn(index)
+            with watched(index, None):
+                request = passage.proceed()
+                if request is None:
+                    result, passage.result = passage.result, None
+                    finish(index, result)
+                    del result
+            arrived = None if request is None else request.block
+            if index == 0:
+                block = arrived
+                if block is not None:
+                    weights.enter_context(stack.loaded(block))
+                    stack.store.prefetch(stack.names[(block + 1) % len(stack.names)])
+            elif arrived != block:
+                raise _different_ways(stack, block, arrived)
+            if request is not None:
+                if budget is not None:
+                    budget.expect(input_bytes(request), len(stack.names), len(passages))
+                with watched(index, block):
+                    passage.compute(request)
+    return block is not None
+
+
+class _Passage:
+    """One micro-batch on its way: its coroutine, what it waits with, and the trace it leaves."""
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        forward: Callable[[], Any],
+        trained: frozenset[int] | None,
+        budget: ActivationBudget | None,
+    ) -> None:
+        self.trace = Trace()
+        self.result: Any = None
+        self._stack = stack
+        self._trained = trained
+        self._budget = budget
+        self._coroutine = Coroutine(partial(_with_grad, trained is not None, forward))
+        self._answers: list[Answer] = []  # the one before, which rests, and the one to be given
+
+    def proceed(self) -> BlockRequest | None:
+        """Run the model on to its next block; None when it has returned, with its `result` here."""
+        reply = None
+        if self._answers:
+            for answer in self._answers[:-1]:
+                answer.wake()
+            del self._answers[:-1]
+            reply = self._answers[-1].give()
+        request: BlockRequest | None = self._coroutine.resume(reply)
+        if self._coroutine.finished:
+            self.result, self._coroutine.result = self._coroutine.result, None
+            self._answers.clear()
+        return request
+
+    def compute(self, request: BlockRequest) -> None:
+        """Pass the block, and wait with what comes out of it."""
+        outputs, gradients = forward_block(self._stack, request, self.trace, self._trained, self._budget)
+        self._answers.append(Answer(outputs, self._stack.keeper, gradients))
+        del outputs, request
+        for answer in self._answers[:-1]:
+            answer.rest()
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+
+def _with_grad(enabled: bool, forward: Callable[[], Any]) -> Any:
+    with torch.set_grad_enabled(enabled):  # grad mode belongs to the thread
+        return forward()
+
+
+def _different_ways(stack: BlockStack, *blocks: int | None) -> ModelError:
+    called = ", ".join("none" if block is None else stack.names[block] for block in blocks)
+    return ModelError(
+        f"micro-batches take different ways through the model ({called}), so it cannot be streamed; use one"
+        " micro-batch (a larger --batch-size)"
+    )
+
+
+def stream_backward(
+    stack: BlockStack,
+    traces: Sequence[Trace],
+    order: Sequence[int] | None = None,
+    on_turn: Callable[[int], None] = lambda index: None,
+) -> Iterator[int]:
+    """Back-propagate through all blocks in reverse, all micro-batches through a block at a time.
+
+    order:   the blocks as called, which traces tell; a process without any follows the others'.
+    on_turn: as in the forward.
+    Yields the index of a block when all its gradients have been collected (by hooks on its layers). Traces are
+    emptied on the way. Raises TooLargeError where memory does not suffice for one of the micro-batches.
+    """
+    if order is None:
+        order = [call.block for call in traces[0].calls] if traces else []
+    for step in reversed(range(len(order))):
+        block = order[step]
+        with stack.loaded(block) if traces else nullcontext():
+            if step and traces:
+                stack.store.prefetch(stack.names[order[step - 1]])
+            for index, trace in enumerate(traces):
+                on_turn(index)
+                with watched(index, block):
+                    backward_block(stack, trace.calls.pop())
+        if block not in order[:step]:  # a block that is used again earlier is not done yet
+            yield block

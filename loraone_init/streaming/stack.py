@@ -1,0 +1,92 @@
+"""A model's blocks as a stack: how their calls are intercepted, and what holds their weights and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ..errors import ResourceError, is_out_of_memory
+from ..layers.patching import replaced_forward
+from ..machine import describe_size
+from ..models.opening import OpenModel
+from ..weights.base import WeightStore
+from .coroutines import pause
+from .keeping import Keeper
+from .mappings import Written, as_dicts, run_with_mappings, write_back
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """A micro-batch has arrived at a block."""
+
+    block: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class BlockStack:
+    """A model's blocks, their own forwards, the store that holds their weights, and the keeper of what passes by."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], store: WeightStore) -> None:
+        self.model = model
+        self.names = list(names)
+        self.store = store
+        self.keeper = Keeper()
+        self._modules = [model.get_submodule(name) for name in names]
+        self._forwards: list[Callable[..., Any]] = [module.forward for module in self._modules]
+
+    @classmethod
+    def of(cls, opened: OpenModel) -> BlockStack:
+        """The stack of an opened model."""
+        return cls(opened.module, opened.blocks, opened.store)
+
+    @contextmanager
+    def kept_by(self, keeper: Keeper) -> Iterator[None]:
+        """Inside, what passes between blocks is kept by `keeper`."""
+        before, self.keeper = self.keeper, keeper
+        try:
+            yield
+        finally:
+            self.keeper = before
+
+    @contextmanager
+    def intercepted(self) -> Iterator[None]:
+        """Inside, a call of a block pauses the running coroutine with a `BlockRequest`."""
+        with ExitStack() as stack:
+            for index, module in enumerate(self._modules):
+                stack.enter_context(replaced_forward(module, partial(_request_block, index)))
+            yield
+
+    @contextmanager
+    def loaded(self, block: int) -> Iterator[None]:
+        """Inside, the block's weights are on the device. Raises ResourceError where they do not fit."""
+        with ExitStack() as weights:
+            try:
+                weights.enter_context(self.store.loaded(self.names[block]))
+            except (RuntimeError, MemoryError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = sum(tensor.nbytes for tensor in self._modules[block].parameters())
+                raise ResourceError(
+                    f"out of memory: the weights of {self.names[block]} need {describe_size(size)}, and those of the"
+                    " next block as much; free memory on the device, or use --placement disk"
+                ) from error
+            yield
+
+    def module(self, block: int) -> nn.Module:
+        return self._modules[block]
+
+    def run(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Written]:
+        """The block's own forward: what it returns, and what it writes into mappings that it is given."""
+        return run_with_mappings(self._forwards[block], args, kwargs)
+
+
+def _request_block(block: int, *args: Any, **kwargs: Any) -> Any:
+    outputs, written = pause(BlockRequest(block, args, as_dicts(kwargs)))
+    write_back(kwargs, written)
+    return outputs

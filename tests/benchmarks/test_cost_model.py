@@ -1,0 +1,93 @@
+"""The cost model's arithmetic, against the package's own estimate and by hand; its tables are docs/scaling.md's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import cost_model
+import pytest
+from cost_model import GRADIENT, H100_NODE, LLAMA_70B, LLAMA_405B, LOGITS, WEIGHT, Model, device_bytes, predict
+from support.causal import make_batches
+from support.paths import ROOT
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from loraone_init.initialization.estimate import estimate_memory
+from loraone_init.initialization.evaluation import num_evaluated
+from loraone_init.layers.targets import select_targets
+from loraone_init.models.opening import open_module
+
+
+def test_tables_of_the_document_are_the_models() -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert text == cost_model.filled_in(text), "run python benchmarks/cost_model.py"
+    assert all(table in text for table in cost_model.tables().values())
+
+
+def test_assumptions_of_the_document_are_the_models() -> None:
+    """As long as no GPU was measured."""
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert (
+        replace(H100_NODE, matrix_rate=989e12, efficiency=0.5, device_memory=80e9, host_memory=2e12, disk=7e9, gpus=8)
+        == H100_NODE
+    )
+    for stated in ("989 TFLOP/s, half", "80 GB at 3.35 TB/s", "8 GPUs, 2 TB", "| 7 GB/s", "| 5 GB/s", "| 0.05 s"):
+        assert stated in text
+
+
+def test_parameters_are_those_of_the_published_models() -> None:
+    assert LLAMA_70B.weight_bytes / WEIGHT == pytest.approx(70.55e9, rel=1e-3)
+    assert LLAMA_405B.weight_bytes / WEIGHT == pytest.approx(405.85e9, rel=1e-3)
+
+
+def test_device_memory_is_the_packages_estimate() -> None:
+    """Of a bf16 Llama large enough for its norms to be nothing beside its matrices."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 3, "vocab_size": 1000}
+    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2, head_dim=128, dtype="bfloat16")
+    import torch
+
+    with torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    batches = make_batches((512,) * 4, rows=8, vocabulary=1000)
+    opened = replace(open_module(module), placement="host", device=torch.device("cuda"))
+    memory = estimate_memory(opened, select_targets(module, "all-linear"), batches)
+    model = Model("small", 1024, 3072, 256, 3, 1000, rows=32, length=512, batch_tokens=4096)
+    blocks = (memory.outside + memory.block - WEIGHT * model.outside) / (WEIGHT * model.block)
+    assert blocks == pytest.approx(round(blocks), rel=1e-3)  # as many as the placement has on the device
+    ours = device_bytes(model, 1, "host") + (round(blocks) - 2) * WEIGHT * model.block
+    assert ours == pytest.approx(memory.total, rel=0.01)
+
+
+def test_evaluated_rows_are_the_packages() -> None:
+    assert [cost_model.num_evaluated(rows) for rows in range(1, 200)] == [num_evaluated(r) for r in range(1, 200)]
+
+
+def test_one_cost_by_hand() -> None:
+    """One block of 2·4 + 2·2·2 + 3·2·4 = 40 parameters, 4 rows of 8 tokens on one rank, everything resident."""
+    model = Model("hand", hidden=2, intermediate=4, kv=2, layers=1, vocabulary=10, rows=4, length=8)
+    machine = replace(H100_NODE, matrix_rate=1.0, efficiency=1.0)
+    cost = predict(model, 1, machine)
+    forward = 2 * 40 * 32 + 2 * 1 * 32 * 8 * 2
+    assert cost.placement == "device"
+    assert cost.seconds["forward"] == forward + 4 * 10 * 2 * 32
+    assert cost.seconds["backward"] == 3 * forward
+    assert cost.seconds["evaluate"] == forward / 4 + 2 * 10 * 2 * 8
+    assert cost.moved_bytes == 0
+    expected = WEIGHT * (2 * 10 * 2 + 40) + GRADIENT * (40 + 8) + LOGITS + WEIGHT * 32 * 2
+    assert cost.device_bytes == expected
+
+
+@pytest.mark.parametrize("model", [LLAMA_70B, LLAMA_405B])
+def test_ranks_share_computing_not_reading(model: Model) -> None:
+    one, eight = predict(model, 1, H100_NODE), predict(model, 8, H100_NODE)
+    assert eight.flops == pytest.approx(one.flops / 8)
+    assert eight.moved_bytes >= 3 * WEIGHT * model.blocks
+    assert math.isclose(eight.seconds["reduce"], GRADIENT * model.blocks / H100_NODE.link)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+@pytest.mark.parametrize("model", [LLAMA_70B, LLAMA_405B])
+def test_what_is_predicted_fits(model: Model, ranks: int) -> None:
+    cost = predict(model, ranks, H100_NODE)
+    assert cost.device_bytes < H100_NODE.device_memory
+    assert cost.host_bytes < H100_NODE.host_memory

@@ -1,0 +1,32 @@
+"""What tests of commands share: how they are run, and what they print and leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+Command = Callable[..., Result]
+
+
+Refused = Callable[..., str]
+
+
+def content(directory: Path) -> dict[str, bytes | None]:
+    """All there is below `directory`: bytes of files by path, None for a directory."""
+    paths = sorted(directory.rglob("*"))
+    return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def beside_placement(stderr: str) -> str:
+    """What was said but for where the weights are."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("Placement: "))
+
+
+def error_line(stderr: str) -> str:
+    """The last line, which is the only one but for log messages before it."""
+    *before, last = stderr.splitlines()
+    assert all(line.startswith(("Warning: ", "Converting ", "Placement: ", "Block inputs ")) for line in before), stderr
+    assert last.startswith("Error: "), stderr
+    return last
