@@ -1,4 +1,4 @@
-# Everything from a bare machine with Python, make and git: `make demo`, `make test`.
+# Everything from a bare machine with Python, make and git: `make demo`, `make test`, `make docs`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ OUTPUT ?= adapters.safetensors
 # The published 128 is too long a step for so small a model.
 GAMMA ?= 256
 
-.PHONY: demo test lint node clean
+.PHONY: demo test lint docs node clean
 
 demo: $(VENV)/demo.installed ## SmolLM2-135M-Instruct and 64 rows of GSM8K
 	$(BIN)/loraone-init $(MODEL) $(DATA) -o $(OUTPUT) --gamma $(GAMMA) --overwrite
@@ -21,6 +21,9 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: $(VENV)/test.installed ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 node: $(VENV)/test.installed ## the programs in examples/node, with onnxruntime-node from npm
 	cd examples/node && npm install --ignore-scripts --no-audit --no-fund

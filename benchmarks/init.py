@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The README's table."""
+    """The table of docs/scaling.md."""
     lines = ["| rows | | wall | peak memory | ours / this, wall | ours / this, memory |", "|---|---|---|---|---|---|"]
     for rows, case in result["cases"].items():
         ours = case["ours"]

@@ -1,4 +1,4 @@
-"""What the runs show: the README's table, and the picture."""
+"""What the runs show: the tables of docs/results.md, and the picture."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_in_a_thread_that_may_not_set_signal_handlers(
 
 
 def test_lines_for_peft_run(command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> None:
-    """They are what the README shows, and train all factors."""
+    """They are what docs/training.md shows, and train all factors."""
     lines = figures(command(tiny_model, tiny_data, "-o", out / "lora", "--json"))["trainers"]["PEFT, TRL"]
     names: dict[str, Any] = {}
     exec(lines, names)

@@ -210,7 +210,7 @@ def test_names_not_positions_pair_the_factors():
 
 
 def test_a_peft_checkpoint_of_ours_trains(tmp_path):
-    """The README's lines: PEFT loads the saved directory, the optimizer finds every pair and takes the damping."""
+    """As in docs/training.md: PEFT loads the saved directory, the optimizer finds every pair and takes the damping."""
     torch.manual_seed(0)
     pairs = {
         name: LoraPair(torch.randn(4, i), torch.randn(o, 4)) for name, i, o in (("first", 12, 20), ("second", 20, 6))

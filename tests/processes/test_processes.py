@@ -80,7 +80,7 @@ def test_more_ranks_than_rows(command: Command, arguments: list[str], tmp_path: 
 
 
 def test_torchrun(command: Command, arguments: list[str], tmp_path: Path, out: Path) -> None:
-    """The command as the README has it."""
+    """The command as docs/scaling.md has it."""
     together = out / "lora"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node", "2"]
     program = [sys.executable, "-m", "loraone_init", *arguments, "-o", str(together)]

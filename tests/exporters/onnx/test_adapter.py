@@ -21,7 +21,7 @@ from support.onnx_runs import empty_caches
 from support.paths import ROOT
 from transformers import AutoModelForCausalLM
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "onnx.md"
 ROUNDING = 2e-5  # of logits of size 3 after sums in fp32 in another order
 PROMPT = [5, 17, 40, 3, 66, 21, 9]
 
@@ -139,10 +139,8 @@ def test_nothing_is_overwritten_unasked(folder: tuple[Path, Result, Result]) -> 
     assert file.read_bytes() == before
 
 
-def test_readme_example_runs(folder: tuple[Path, Result, Result], tmp_path: Path) -> None:
-    (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "LoraAdapter" in block
-    ]
+def test_example_of_the_page_runs(folder: tuple[Path, Result, Result], tmp_path: Path) -> None:
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S) if "LoraAdapter" in block]
     shutil.copytree(folder[0] / "out", tmp_path / "onnx-base")
     (tmp_path / "onnx-base" / "first.onnx_adapter").rename(tmp_path / "onnx-base" / "lora-dir.onnx_adapter")
     shutil.copy(folder[0] / "second.onnx_adapter", tmp_path / "other.onnx_adapter")
