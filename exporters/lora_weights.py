@@ -81,7 +81,7 @@ class LoraWeights:
 
     @property
     def fingerprint(self) -> str | None:
-        """Of the base it was made from, where that is known."""
+        """The fingerprint of the base that the adapter was made from, where that is known."""
         return None if self.record is None else self.record["base"].get("fingerprint")
 
     def delta(self, module: str) -> torch.Tensor:

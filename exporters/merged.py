@@ -46,7 +46,7 @@ def export_merged(base: BaseModel, lora: LoraWeights, output: Path, dtype: DType
 
 
 def write_merged(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType = "auto") -> None:
-    """As `export_merged`, into a directory that is there."""
+    """Write the merged model into a directory that exists (see `export_merged`)."""
     sum_of = _Merger(base, lora, TORCH_DTYPES.get(dtype))
     checkpoint = base.checkpoint
     weight_map: dict[str, str] = {}

@@ -152,5 +152,5 @@ def select_device(device: str) -> torch.device:
 
 
 def own_peaks() -> Peaks:
-    """Of this process."""
+    """The peaks of this process."""
     return peak_memory(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

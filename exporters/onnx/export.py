@@ -128,7 +128,7 @@ def _build(merged: Path, directory: Path, task: OnnxTask, options: OnnxOptions) 
 
 
 def _task(base: BaseModel) -> OnnxTask:
-    """By the class that opens the model. Raises ExportError where it has no graph here."""
+    """The kind of graph, by the class that opens the model. Raises ExportError where there is none for it."""
     for task in TASKS.values():
         if AUTO_CLASSES[task.task_type] == base.auto_class:
             return task

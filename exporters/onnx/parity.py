@@ -20,7 +20,7 @@ ATOL = {"fp32": 5e-3, "fp16": 0.5}
 """Allowed by default. Quantized weights have no limit but the one that is asked for: it depends on the model."""
 
 NUM_TOKENS = 16
-"""Of the greedy continuation."""
+"""Tokens of the greedy continuation that are compared."""
 
 _LENGTHS = (24, 15)
 _LONGEST = 1100
@@ -56,7 +56,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of an output: the largest absolute difference, and that over the reference's largest absolute value."""
+    """The largest absolute difference of an output, and that divided by the reference's largest absolute value."""
 
     max_abs: float
     max_rel: float

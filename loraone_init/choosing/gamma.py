@@ -47,7 +47,7 @@ class Trials:
 
 
 def finite(loss: float) -> float | None:
-    """As it is recorded: JSON has no infinity."""
+    """The loss as it is recorded; None stands for what is not finite, since JSON has no infinity."""
     return loss if math.isfinite(loss) else None
 
 

@@ -18,7 +18,7 @@ from ..errors import ConfigError, DataError
 DEFAULT_START = 16
 DEFAULT_MAX_SAMPLES = 512
 DEFAULT_TOLERANCE = 0.4
-"""By measurement: see docs/choosing.md."""
+"""The tolerance was chosen by measurement: see docs/choosing.md."""
 
 ENERGY_SHARE = 0.05
 """The tolerance for the captured energy, as a share of that for the agreement."""

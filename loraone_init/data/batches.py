@@ -34,7 +34,7 @@ class TokenRow(Protocol):
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Of the sequences that are padded."""
+        """Lengths of the sequences that are padded."""
         ...
 
     @property

@@ -130,7 +130,7 @@ def prompt_and_whole(row: Row, found: Format, number: int, eos: str | None) -> t
 
 
 def prompt_and_completion(row: Row, found: Format, number: int) -> tuple[str, str]:
-    """Of the formats that have both as strings."""
+    """The prompt and the completion of a row, in the formats that have both as strings."""
     if found == "question-answer":
         return string_of(row, "question", number) + "\n", string_of(row, "answer", number)
     if found == "alpaca":

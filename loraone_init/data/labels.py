@@ -110,7 +110,7 @@ def labels_of_values(values: Iterable[Any]) -> Labels:
 
 
 def _several(values: list[list[Any]]) -> Labels:
-    """Of lists: names, or a number for each label."""
+    """The labels of rows whose label is a list: of names, or of a number for each label."""
     if all(map(_are_names, values)):
         return Labels(tuple(sorted({name for value in values for name in value})), "multi_label_classification")
     lengths = [len(value) for value in values]

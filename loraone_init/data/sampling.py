@@ -43,7 +43,7 @@ class Draw:
     _places: dict[int, int] = field(default_factory=dict)  # by the row's id: equal rows have several
 
     def place(self, row: TokenRow) -> int:
-        """Of one of these rows in the permutation."""
+        """The place of a row in the permutation."""
         return self._places[id(row)]
 
 

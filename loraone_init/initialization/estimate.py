@@ -95,7 +95,7 @@ def estimate_memory(
 
 
 def num_tokens(opened: OpenModel, batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """That pass each block, padding included: an encoder-decoder's decoder reads the labels, all else the input."""
+    """The tokens that pass each block, with padding: a decoder beside an encoder reads the labels, else the input."""
     decoder = opened.module.get_decoder() if opened.task == "seq2seq-lm" else None  # type: ignore[operator]
     inside = set() if decoder is None else set(decoder.modules())
     sides = {name: "labels" if opened.module.get_submodule(name) in inside else "input_ids" for name in opened.blocks}
@@ -147,7 +147,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def _graph_elements(opened: OpenModel) -> float:
-    """Of one token, in the block that has the most."""
+    """What the graph of one token holds, in the block that has the most."""
     routed = routed_share(opened.module)
     blocks = [opened.module.get_submodule(name) for name in opened.blocks]
     return max((activation_elements(block, routed) for block in blocks), default=0.0)

@@ -29,7 +29,7 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of the layers that both have; the names of those that only one has."""
+    """The comparison of all layers that both adapters have, and the names of those that only one has."""
 
     layers: Mapping[str, LayerComparison]
     only_first: tuple[str, ...]

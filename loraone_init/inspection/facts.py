@@ -21,7 +21,7 @@ LARGE_SINE = 1e-2
 """A larger angle to the true singular subspaces is: the SVD iterates to 1e-3."""
 
 FAR_NORM = 10.0
-"""So many times larger or smaller than the median of its kind, a gradient is."""
+"""A gradient so many times larger or smaller than the median of its kind is an anomaly."""
 
 
 @dataclass(frozen=True)

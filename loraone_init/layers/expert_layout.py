@@ -65,7 +65,10 @@ def stack_experts(pairs: Mapping[str, LoraPair], experts: Mapping[str, ExpertSta
 
 
 def split_experts(stacked: Mapping[str, LoraPair], experts: Mapping[str, ExpertStack]) -> dict[str, LoraPair]:
-    """The other way; KeyError where a stack is missing, RuntimeError where its shape does not divide by E."""
+    """The inverse of `stack_experts`.
+
+    Raises KeyError where a stack is missing, RuntimeError where its shape does not divide by E.
+    """
     pairs = {path: pair for path, pair in stacked.items() if path not in {stack.path for stack in experts.values()}}
     for parameter, stack in experts.items():
         pair, E = stacked[stack.path], stack.num_experts

@@ -72,7 +72,7 @@ def fused_parameters(experts: nn.Module) -> tuple[str, str]:
 
 
 def expert_layers(experts: nn.Module, parameter: str) -> list[ExpertLinear]:
-    """Of every expert of a fused parameter."""
+    """The matrices of all experts of a fused parameter, as layers."""
     return [ExpertLinear(experts, parameter, index) for index in range(len(getattr(experts, parameter)))]
 
 

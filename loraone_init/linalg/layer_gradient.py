@@ -21,5 +21,5 @@ class LayerGradient:
 
     @property
     def numel(self) -> int:
-        """Of G."""
+        """The number of elements of G."""
         return self.parts[0].numel()

@@ -155,7 +155,7 @@ class RitzValues:
         return self.sine(eps) if rank == self.r and self.gap >= MIN_GAP else None
 
     def first(self, r: int) -> RitzValues:
-        """Of the first r triplets."""
+        """The values of the first r triplets."""
         return RitzValues(self.s[: r + 1], self.e[: r + 1], self.rounding)
 
 

@@ -50,7 +50,7 @@ def _children_of(model: nn.Module, path: str) -> list[str]:
 
 
 def _is_checkpointing_layer(module: nn.Module) -> bool:
-    """By name, so that transformers need not be imported for a model that does not come from it."""
+    """Whether a module is transformers' GradientCheckpointingLayer, told by name: transformers may not be imported."""
     return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
 
 

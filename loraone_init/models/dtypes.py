@@ -17,7 +17,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 
 def declared_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """For each parameter that transformers keeps in a dtype other than `dtype` (T5's `wo` in fp16), that dtype."""
+    """The parameters that transformers keeps in a dtype other than `dtype` (T5's `wo` in fp16), with their dtype."""
     plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
     return {
         name: kept for name, _ in model.named_parameters() for pattern, kept in plan.items() if re.search(pattern, name)

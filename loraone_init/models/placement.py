@@ -76,7 +76,7 @@ def choose(
 
 
 def decide(asked: Placement, needs: Needs, device: torch.device, room: int, host: int, obstacle: str | None) -> Choice:
-    """As `choose`, of figures: room and host are the bytes that may be used on the device and in host memory."""
+    """The rule of `choose`. room, host: bytes that may be used on the device and in host memory."""
     if asked == "disk" and obstacle:
         return Choice("host", f"not disk: {obstacle}, so blocks cannot be read one by one")
     if asked != "auto":
@@ -95,7 +95,7 @@ def decide(asked: Placement, needs: Needs, device: torch.device, room: int, host
 
 
 def _needs(model: nn.Module, blocks: Sequence[str]) -> Needs:
-    """Told from a model that may have no storage."""
+    """The needs of a model, by its shapes: it may have no storage."""
     sizes = [sum(tensor.nbytes for tensor in tensors_inside(model, block).values()) for block in blocks]
     everything = [*model.parameters(), *model.buffers()]
     routed = routed_share(model)

@@ -96,5 +96,5 @@ def _changed(module: nn.Module, attribute: str, value: bool) -> Iterator[None]:
 
 
 def _is_bitsandbytes(module: Any, kind: str) -> bool:
-    """By name, so that bitsandbytes need not be imported."""
+    """Whether a module is a quantized layer of bitsandbytes, told by name: the package may not be imported."""
     return any(base.__name__ == kind and base.__module__.startswith("bitsandbytes") for base in type(module).__mro__)

@@ -110,6 +110,6 @@ class PreconditionedAdamW(torch.optim.AdamW):
             pair.A.grad, pair.B.grad = grad_A, grad_B
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which torch makes of its own attributes only."""
+        """What copies and pickles hold: torch alone would keep only its own attributes."""
         own = {"pairs": self.pairs, "preconditioner": self.preconditioner, "_logged": self._logged}
         return super().__getstate__() | own
