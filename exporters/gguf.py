@@ -62,12 +62,17 @@ ARCHITECTURES = {
 """Model types whose linear layers llama.cpp has as they are, but for the order of rows in Q and K."""
 
 
+def require_packages() -> None:
+    """Raise MissingPackageError where a package is not installed that writes the file."""
+    require("gguf", "gguf", by="an adapter for llama.cpp")
+
+
 def export_gguf(base: BaseModel, lora: LoraWeights, output: Path) -> dict[str, Any]:
     """Write the file that llama.cpp's `--lora` takes, in fp32, whole or not at all.
 
-    Raises ExportError where gguf is not installed, the architecture is not known, or llama.cpp has no such layer.
+    Raises ExportError where the architecture is not known, or llama.cpp has no such layer.
     """
-    require("gguf", "gguf")
+    require_packages()
     if lora.replacements:
         raise ExportError(
             f"{lora.path} replaces {next(iter(lora.replacements))}, which an adapter of llama.cpp cannot; export merged"
