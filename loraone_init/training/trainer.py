@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.files import tensor_names
 from ..data.batches import collate
 from ..data.sample import Sample
 from ..errors import ConfigError, ModelError, describe
@@ -234,11 +235,7 @@ def _optimizer(model: nn.Module, adapter: Adapter, options: TrainOptions) -> tor
 def _factors(model: nn.Module, adapter: Adapter) -> dict[str, LoraPair]:
     """The trained factors, by the adapter's own module names."""
     weights = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
-    prefix = "base_model.model."
-    tensors = {
-        path: LoraPair(*(weights[f"{prefix}{path}.lora_{side}.default.weight"] for side in "AB"))
-        for path in adapter.tensors()
-    }
+    tensors = {path: LoraPair(*(weights[name] for name in tensor_names(path, "default"))) for path in adapter.tensors()}
     return split_experts(tensors, adapter.experts)
 
 
