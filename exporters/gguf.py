@@ -15,6 +15,7 @@ import torch
 from loraone_init.atomic import atomic_file
 from loraone_init.errors import ExportError
 from loraone_init.extras import require
+from loraone_init.transformers_private import tied_parameters
 
 from .base_model import BaseModel
 from .lora_weights import LoraWeights
@@ -97,7 +98,8 @@ def _names(base: BaseModel, lora: LoraWeights, architecture: Architecture) -> di
     import gguf
 
     instead = "export merged and convert that with llama.cpp's convert_hf_to_gguf.py"
-    tied = [module for module in lora.pairs if f"{module}.weight" in base.module.all_tied_weights_keys]
+    shared = tied_parameters(base.module)
+    tied = [module for module in lora.pairs if f"{module}.weight" in shared]
     if tied:
         raise ExportError(
             f"layer {tied[0]} is tied to the input embedding, and llama.cpp has no weight of its own for it; {instead}"
