@@ -15,6 +15,7 @@ import torch
 from loraone_init.atomic import atomic_file
 from loraone_init.errors import ExportError
 from loraone_init.extras import require
+from loraone_init.transformers_private import tied_parameters
 
 from .base_model import BaseModel
 from .lora_weights import LoraWeights
@@ -62,12 +63,17 @@ ARCHITECTURES = {
 """Model types whose linear layers llama.cpp has as they are, but for the order of rows in Q and K."""
 
 
+def require_packages() -> None:
+    """Raise MissingPackageError where a package is not installed that writes the file."""
+    require("gguf", "gguf", by="an adapter for llama.cpp")
+
+
 def export_gguf(base: BaseModel, lora: LoraWeights, output: Path) -> dict[str, Any]:
     """Write the file that llama.cpp's `--lora` takes, in fp32, whole or not at all.
 
-    Raises ExportError where gguf is not installed, the architecture is not known, or llama.cpp has no such layer.
+    Raises ExportError where the architecture is not known, or llama.cpp has no such layer.
     """
-    require("gguf", "gguf")
+    require_packages()
     if lora.replacements:
         raise ExportError(
             f"{lora.path} replaces {next(iter(lora.replacements))}, which an adapter of llama.cpp cannot; export merged"
@@ -92,7 +98,8 @@ def _names(base: BaseModel, lora: LoraWeights, architecture: Architecture) -> di
     import gguf
 
     instead = "export merged and convert that with llama.cpp's convert_hf_to_gguf.py"
-    tied = [module for module in lora.pairs if f"{module}.weight" in base.module.all_tied_weights_keys]
+    shared = tied_parameters(base.module)
+    tied = [module for module in lora.pairs if f"{module}.weight" in shared]
     if tied:
         raise ExportError(
             f"layer {tied[0]} is tied to the input embedding, and llama.cpp has no weight of its own for it; {instead}"

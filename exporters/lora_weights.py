@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 
 from loraone_init.adapter.adapter import FORMAT_VERSION
-from loraone_init.adapter.files import CONFIG, PREFIX, WEIGHTS, read_tensors
+from loraone_init.adapter.files import CONFIG, FACTORS, PREFIX, WEIGHTS, read_tensors, split_name
 from loraone_init.errors import AdapterError
 from loraone_init.layers.patterns import find_value
 from loraone_init.linalg.factors import LoraPair
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _UNSUPPORTED = {
     "use_dora": "DoRA",
     "layer_replication": "replication",
@@ -147,23 +145,25 @@ def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair]
     replacements = {}
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(PREFIX)
-        if (match := _FACTOR.fullmatch(name)) is not None:
-            sides.setdefault(match["module"], {})[match["side"]] = tensor
+        if (found := split_name(full_name)) is not None:
+            module, factor = found
+            sides.setdefault(module, {})[factor] = tensor
         elif ".lora_" in name:
             raise AdapterError(f"tensor {full_name} is no factor of a linear layer; merge the adapter with PEFT")
         elif ".base_layer." not in name:  # PEFT saves an adapted embedding's frozen weight along: it is the base's
             replacements[name] = tensor
     for module, factors in sides.items():
         if len(factors) < 2:
-            raise AdapterError(f"layer {module} has only lora_{''.join(factors)}")
-        A, B = factors["A"], factors["B"]
+            raise AdapterError(f"layer {module} has only {next(iter(factors))}")
+        A, B = (factors[name] for name in FACTORS)
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise AdapterError(
                 f"layer {module}: A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, in) and (out, r)"
             )
     if not sides:
         raise AdapterError("it holds no LoRA factors")
-    return {module: LoraPair(factors["A"], factors["B"]) for module, factors in sides.items()}, replacements
+    pairs = {module: LoraPair(*(factors[name] for name in FACTORS)) for module, factors in sides.items()}
+    return pairs, replacements
 
 
 def name_in_peft(module: str, config: Mapping[str, Any]) -> str:

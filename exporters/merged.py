@@ -19,6 +19,7 @@ from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ExportError, NumericalError
 from loraone_init.layers.targets import is_conv1d
 from loraone_init.safetensors_files import TensorSpec, write_streamed
+from loraone_init.transformers_private import as_stored, tied_parameters
 from loraone_init.weights.checkpoint import INDEX
 
 from .base_model import BaseModel
@@ -71,7 +72,7 @@ class _Merger:
         self._dtype = dtype
         self._modules = dict(base.module.named_modules())
         names = base.tensor_names
-        tied: Mapping[str, str] = base.module.all_tied_weights_keys
+        tied = tied_parameters(base.module)
         self.untied: dict[str, str] = {}
         self._layers: dict[str, str] = {}
         for module in lora.pairs:
@@ -157,10 +158,7 @@ class _ExpertDeltas:
         return self._latest[parameter][name].clone()
 
     def _as_stored(self, parameter: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        stored: dict[str, torch.Tensor] = revert_weight_conversion(self._model, {parameter: tensor})
-        return stored
+        return as_stored(self._model, {parameter: tensor})
 
 
 def _copy_rest(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType, untied: bool) -> None:

@@ -28,13 +28,17 @@ WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 
 
+def require_packages() -> None:
+    """Raise MissingPackageError where MLX or mlx-lm is not installed."""
+    require("mlx", "mlx", "mlx_lm", by="an adapter for mlx-lm")
+
+
 def export_mlx(base: BaseModel, lora: LoraWeights, output: Path) -> dict[str, Any]:
     """Write the directory that mlx-lm's `--adapter-path` takes, whole or not at all.
 
-    Raises ExportError where mlx-lm is not installed, does not know the architecture, or has other layers than the
-    adapter.
+    Raises ExportError where mlx-lm does not know the architecture, or has other layers than the adapter.
     """
-    require("mlx", "mlx", "mlx_lm")
+    require_packages()
     if lora.replacements:
         raise ExportError(
             f"{lora.path} replaces {next(iter(lora.replacements))}, which an adapter of mlx-lm cannot; export merged"

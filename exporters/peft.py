@@ -15,11 +15,9 @@ from loraone_init.adapter.model_card import model_card
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ExportError
 from loraone_init.layers.patterns import patterns
-from loraone_init.safetensors_files import read_header
+from loraone_init.safetensors_files import read_header, write_header
 
 from .lora_weights import LoraWeights, name_in_peft, scale_of
-
-_ALIGNMENT = 8
 
 
 def export_peft(lora: LoraWeights, output: Path, *, plain_scaling: bool = False) -> dict[str, Any]:
@@ -91,9 +89,7 @@ def _copy_weights(source: Path, config: Mapping[str, Any], target: Path) -> None
         shutil.copyfile(source, target)
         return
     header["__metadata__"] = dict(sorted((metadata | {"peft_config": json.dumps(config)}).items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text = text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
     with open(source, "rb") as old, open(target, "wb") as new:
         old.seek(start)
-        new.write(len(text).to_bytes(8, "little") + text)
+        write_header(new, header)
         shutil.copyfileobj(old, new)

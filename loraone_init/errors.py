@@ -41,6 +41,14 @@ class ExportError(LoraOneError):
     """An adapter cannot be brought into the form asked for."""
 
 
+class SafetensorsError(LoraOneError):
+    """A safetensors file is cut short or damaged."""
+
+
+class MissingPackageError(LoraOneError):
+    """Something was asked for that needs a package which is not installed."""
+
+
 _OUT_OF_MEMORY = re.compile(r"out of ?memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 

@@ -20,6 +20,7 @@ import onnx
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from loraone_init.adapter.files import FACTORS
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ConfigError, ExportError
 
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".onnx_adapter"
-FACTORS = (".lora_A", ".lora_B")
+_A, _B = FACTORS
+_ENDINGS = (f".{_A}", f".{_B}")
 """A factor's name is that of its layer and one of these."""
 
 
@@ -90,7 +92,7 @@ def export_adapter_file(base: BaseModel, lora: LoraWeights, output: Path, folder
     if fingerprint != base.checkpoint.fingerprint():
         raise ExportError(f"the base graph in {folder} was made from other weights than those of {base.source.name}")
     names = {value.name for value in graph.input}
-    missing = [module for module in lora.pairs if f"{module}{FACTORS[0]}" not in names]
+    missing = [module for module in lora.pairs if f"{module}{_ENDINGS[0]}" not in names]
     if missing:
         raise ExportError(
             f"the base graph in {folder} takes no factors for {len(missing)} of the adapter's {len(lora.pairs)} layers,"
@@ -118,22 +120,25 @@ def _factors(lora: LoraWeights) -> dict[str, tuple[Tensor, Tensor]]:
 
 @contextmanager
 def _adapted(model: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let the layers compute x·Wᵀ + (x·Aᵀ)·Bᵀ, with A and B their parameters lora_A and lora_B."""
+    """Let the layers compute x·Wᵀ + (x·Aᵀ)·Bᵀ, with A and B parameters of theirs by the names that PEFT has."""
     for name, (A, B) in factors.items():
         layer = model.get_submodule(name)
-        layer.lora_A, layer.lora_B = nn.Parameter(A, False), nn.Parameter(B, False)
+        layer.register_parameter(_A, nn.Parameter(A, False))
+        layer.register_parameter(_B, nn.Parameter(B, False))
         layer.forward = partial(_adapted_forward, layer, layer.forward)
     try:
         yield
     finally:
         for name in factors:
             layer = model.get_submodule(name)
-            del layer.forward, layer.lora_A, layer.lora_B
+            del layer.forward
+            for factor in FACTORS:
+                delattr(layer, factor)
 
 
 def _adapted_forward(layer: nn.Module, forward: Any, x: Tensor) -> Tensor:
     base: Tensor = forward(x)
-    return base + linear(linear(x, layer.get_parameter("lora_A")), layer.get_parameter("lora_B"))
+    return base + linear(linear(x, layer.get_parameter(_A)), layer.get_parameter(_B))
 
 
 def _open_factors(graph: ir.Graph) -> None:
@@ -141,15 +146,15 @@ def _open_factors(graph: ir.Graph) -> None:
     import onnx_ir as ir
 
     for name, value in list(graph.initializers.items()):
-        if not name.endswith(FACTORS):
+        if not name.endswith(_ENDINGS):
             continue
         layer, _, side = name.rpartition(".")
         assert value.const_value is not None
-        size = value.const_value.numpy().shape[0 if side == "lora_A" else 1]
-        empty = np.zeros((size, 0) if side == "lora_A" else (0, size), np.float32)
+        size = value.const_value.numpy().shape[0 if side == _A else 1]
+        empty = np.zeros((size, 0) if side == _A else (0, size), np.float32)
         value.const_value = ir.tensor(empty, name=name)
         rank = f"{layer}.rank"
-        value.shape = ir.Shape((size, rank) if side == "lora_A" else (rank, size))
+        value.shape = ir.Shape((size, rank) if side == _A else (rank, size))
         graph.inputs.append(value)
         for product in value.consumers():
             for output in product.outputs:
@@ -161,7 +166,7 @@ def _write_adapter(lora: LoraWeights, path: Path) -> None:
 
     parameters = {}
     for module, (A, B) in _factors(lora).items():
-        for name, factor in zip(FACTORS, (A, B), strict=True):
+        for name, factor in zip(_ENDINGS, (A, B), strict=True):
             parameters[module + name] = onnxruntime.OrtValue.ortvalue_from_numpy(factor.T.contiguous().numpy())
     adapter = onnxruntime.AdapterFormat()
     adapter.set_adapter_version(1)

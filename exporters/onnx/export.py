@@ -5,7 +5,6 @@ Merged into a temporary directory, written by an engine, quantized, and compared
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -20,6 +19,7 @@ import torch
 
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ConfigError, ExportError
+from loraone_init.extras import require
 from loraone_init.weights.checkpoint import INDEX
 
 from ..base_model import AUTO_CLASSES, BaseModel
@@ -27,6 +27,7 @@ from ..lora_weights import LoraWeights
 from ..merged import KEPT, write_merged
 from .causal import compare_causal
 from .genai import build_genai, check_builder
+from .genai import require_packages as require_genai
 from .genai_config import write_genai_config
 from .parity import ATOL, check
 from .quantize import quantize
@@ -51,7 +52,7 @@ PARITY = "parity.json"
 class OnnxOptions:
     """engine: what writes the graph. opset: of the torch engine. atol: on outputs; None for the default of `dtype`.
 
-    Raises ConfigError for what cannot work, ExportError for a package that is missing.
+    Raises ConfigError for what cannot work, MissingPackageError for a package that is not installed.
     """
 
     engine: Engine = "torch"
@@ -64,8 +65,15 @@ class OnnxOptions:
             raise ConfigError("ONNX Runtime's CPU provider has no kernels for bf16; take fp32, fp16, int8 or int4")
         if not 18 <= self.opset <= 23:
             raise ConfigError(f"opset {self.opset} is not one that torch exports to; take 18 to 23")
-        if self.engine == "torch" and importlib.util.find_spec("onnxscript") is None:
-            raise ExportError('this needs onnxscript, which is not installed: pip install "loraone-init[onnx]"')
+        require_packages(self.engine)
+
+
+def require_packages(engine: Engine) -> None:
+    """Raise MissingPackageError where a package is not installed that the engine needs."""
+    if engine == "torch":
+        require("onnx", "onnxscript", "onnx_ir", by="an export to ONNX")
+    else:
+        require_genai()
 
 
 def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxOptions) -> dict[str, Any]:

@@ -6,7 +6,6 @@ have to be padded on the right.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -20,6 +19,7 @@ from typing import Literal
 import onnx
 
 from loraone_init.errors import ExportError
+from loraone_init.extras import require
 
 from .layout import GENAI_CONFIG, GRAPH, move_graph
 
@@ -38,14 +38,18 @@ _OPTIONS: dict[GenaiDType, tuple[str, ...]] = {
 _EXTRA: dict[GenaiDType, tuple[str, ...]] = {
     "int4": ("algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8"),
 }
-_MODULES = {"onnxruntime_genai": "onnxruntime-genai", "onnx_ir": "onnx-ir"}
+
+
+def require_packages() -> None:
+    """Raise MissingPackageError where onnxruntime-genai's model builder cannot run for want of a package."""
+    require("genai", "onnxruntime_genai", "onnx_ir", by="the engine genai")
 
 
 def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
     """Write the graph of the model in `merged`, its weights, and genai_config.json into the directory `out`.
 
     dtype: of the weights. Inputs and outputs are fp32, with fp16 weights fp16.
-    Raises ExportError where the builder is not installed, does not know the architecture, or fails.
+    Raises ExportError where the builder does not know the architecture, or fails.
     """
     check_builder(_architecture(merged))
     with tempfile.TemporaryDirectory(prefix=".builder.", dir=out.absolute()) as directory:
@@ -60,16 +64,11 @@ def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
 
 
 def check_builder(architecture: str) -> None:
-    """Raise ExportError where the builder is not installed, or does not know the architecture.
+    """Raise ExportError where the builder does not know the architecture.
 
     It tells architectures apart by a chain of comparisons with their names, and has no list of them.
     """
-    for module, package in _MODULES.items():
-        if importlib.util.find_spec(module) is None:
-            raise ExportError(
-                f'--engine genai needs {package}, which is not installed: pip install "loraone-init[genai]", or take'
-                " --engine torch"
-            )
+    require_packages()
     builder = Path(str(files("onnxruntime_genai")), "models", "builder.py").read_text(encoding="utf-8")
     if f'"{architecture}"' not in builder:
         raise ExportError(f"onnxruntime-genai's model builder does not know {architecture}; take --engine torch")

@@ -15,6 +15,10 @@ from ..linalg.factors import LoraPair
 from ..safetensors_files import sort_metadata
 
 PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module of the base, in its files and in a model that it wraps."""
+FACTORS = ("lora_A", "lora_B")
+"""PEFT's names of a layer's A and B."""
+
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
@@ -73,9 +77,17 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         raise AdapterError(f"{file} is no safetensors file: {error}") from error
 
 
-def tensor_names(module: str) -> tuple[str, str]:
-    """PEFT's names of a module's A and B."""
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+def tensor_names(module: str, adapter: str | None = None) -> tuple[str, str]:
+    """PEFT's names of the tensors A and B of a module: in a file, or of an adapter in a model that PEFT wraps."""
+    weight = "weight" if adapter is None else f"{adapter}.weight"
+    name_a, name_b = (f"{PREFIX}{module}.{factor}.{weight}" for factor in FACTORS)
+    return name_a, name_b
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The module and "lora_A" or "lora_B" from a tensor's name in a file, with PREFIX or without; None for another."""
+    module, _, factor = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+    return (module, factor) if name.endswith(".weight") and module and factor in FACTORS else None
 
 
 def write_weights(
@@ -110,9 +122,9 @@ def pair_up(tensors: dict[str, torch.Tensor]) -> dict[str, LoraPair]:
     """Factors by module, matched by name. Raises AdapterError for a factor without its partner."""
     pairs = {}
     for name in tensors:
-        module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_B.weight")
-        names = tensor_names(module)
-        if name not in names or any(other not in tensors for other in names):
+        found = split_name(name)
+        names = tensor_names(found[0]) if found else ("", "")
+        if found is None or name not in names or any(other not in tensors for other in names):
             raise AdapterError(f"tensor {name} is no LoRA factor, or lacks its partner")
-        pairs[module] = LoraPair(tensors[names[0]], tensors[names[1]])
+        pairs[found[0]] = LoraPair(tensors[names[0]], tensors[names[1]])
     return pairs

@@ -51,12 +51,14 @@ def target(
     *,
     output_help: str = "Directory to write.",
     check: Callable[[Path, bool], None] | None = None,
+    requires: Callable[[dict[str, Any]], None] | None = None,
     takes_experts: bool = False,
     task_type: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Callable[[Callable[..., dict[str, Any]]], click.Command]:
     """A subcommand: the options that all share, the adapter and its base opened and checked, the result printed.
 
     check: raises OutputError where the output cannot be written; by default for a directory.
+    requires: from the options, raises MissingPackageError where a package that the target needs is not installed.
     takes_experts: whether it can do with factors of fused experts; they are refused otherwise.
     task_type: from the options, PEFT's name of the task to open the model for; by default the adapter's.
     """
@@ -80,6 +82,8 @@ def target(
             with one_line_errors(verbose):
                 start_logging(quiet or as_json, verbose)
                 (check or _check_directory)(output, overwrite)
+                if requires is not None:
+                    requires(options)
                 from loraone_init.exporters.base_model import open_base
                 from loraone_init.exporters.expert_weights import separate_experts
                 from loraone_init.exporters.lora_weights import read_lora
@@ -187,7 +191,13 @@ def peft(export: Export, plain_scaling: bool) -> dict[str, Any]:
     return export_peft(export.lora, export.output, plain_scaling=plain_scaling)
 
 
-@target("mlx")
+def _require_mlx(options: dict[str, Any]) -> None:
+    from loraone_init.exporters.mlx import require_packages
+
+    require_packages()
+
+
+@target("mlx", requires=_require_mlx)
 def mlx(export: Export) -> dict[str, Any]:
     """An adapter directory for mlx-lm's --adapter-path."""
     from loraone_init.exporters.mlx import export_mlx
@@ -195,7 +205,13 @@ def mlx(export: Export) -> dict[str, Any]:
     return export_mlx(export.base, export.lora, export.output)
 
 
-@target("gguf", output_help="FILE.gguf to write.", check=_check_gguf)
+def _require_gguf(options: dict[str, Any]) -> None:
+    from loraone_init.exporters.gguf import require_packages
+
+    require_packages()
+
+
+@target("gguf", output_help="FILE.gguf to write.", check=_check_gguf, requires=_require_gguf)
 def gguf(export: Export) -> dict[str, Any]:
     """A LoRA adapter for llama.cpp's --lora, in fp32."""
     from loraone_init.exporters.gguf import export_gguf
@@ -209,7 +225,14 @@ def _task_type(options: dict[str, Any]) -> str | None:
     return None if options["task"] == "auto" else TASKS[options["task"]].task_type
 
 
-@target("onnx", task_type=_task_type)
+def _require_onnx(options: dict[str, Any]) -> None:
+    from loraone_init.exporters.onnx.export import require_packages
+
+    if options.get("base_graph") is None:  # else no graph is written
+        require_packages(options.get("engine", "torch"))
+
+
+@target("onnx", requires=_require_onnx, task_type=_task_type)
 @click.option("--engine", default="torch", type=click.Choice(["torch", "genai"]), help="What writes the graph.")
 @click.option(
     "--task",
@@ -262,6 +285,7 @@ def _check_file(output: Path, overwrite: bool) -> None:
     "onnx-adapter",
     output_help="Directory to write, or with --base-graph FILE.onnx_adapter.",
     check=_check_folder_or_adapter,
+    requires=_require_onnx,
 )
 @click.option(
     "--base-graph",

@@ -153,6 +153,7 @@ def _run(
 ) -> None:
     from ..adapter.files import check_output
     from ..data.classification_rows import read_labels
+    from ..data.rows import require_packages
     from ..data.sample import load_batches
     from ..errors import ModelError
     from ..initialization.initialize import initialize
@@ -169,6 +170,7 @@ def _run(
     if output is not None and is_main:
         check_output(output, options["overwrite"])
     start_logging(quiet, verbose, silent=not is_main)
+    require_packages(data)
     use_one_heap()
     with Bars(shown=is_main and not (quiet or as_json)) as monitor:
         with monitor.timed("open"):

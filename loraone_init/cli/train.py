@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +82,7 @@ def _run(
 ) -> None:
     from ..adapter.adapter import Adapter
     from ..adapter.files import check_output, is_single_file
+    from ..data import rows as data_rows
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
     from ..models.tokenizer import load_tokenizer
@@ -94,10 +94,11 @@ def _run(
         check_output(output, options["overwrite"] or options["resume"])
     settings = _train_options(options)
     start_logging(quiet or as_json or not is_main, verbose)
-    if find_spec("peft") is None or find_spec("accelerate") is None:
-        raise ConfigError('training needs more packages: pip install "loraone-init[train]"')
-    from ..training.trainer import train
+    from ..training.trainer import require_packages, train
 
+    require_packages(settings)
+    for needed in filter(None, (data, options["eval_data"])):
+        data_rows.require_packages(needed)
     start = Adapter.load(adapter)
     if start.task_type not in ("CAUSAL_LM", None):
         raise ConfigError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, describe
+from ..extras import require
 from .batches import IGNORED, Field
 from .formats import (
     CONVERSATIONAL,
@@ -181,15 +182,14 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         template = template.get("default", "")
     if _GENERATION_MARKER.search(template):
         return None
-    problem = "assistant-only needs a chat template with {% generation %} markers, and the tokenizer's has none; "
-    try:
-        from trl.chat_template_utils import get_training_chat_template
-    except ImportError as error:
-        raise DataError(
-            f'{problem}add them, or let TRL, which has them for many models: pip install "loraone-init[assistant]"'
-        ) from error
+    require("assistant", "trl", by="assistant-only, where the chat template has no {% generation %} markers,")
+    from trl.chat_template_utils import get_training_chat_template
+
     try:
         marked: str | None = get_training_chat_template(tokenizer)
     except ValueError as error:
-        raise DataError(problem + "TRL has none for it either; add them, or leave --assistant-only out") from error
+        raise DataError(
+            "assistant-only needs a chat template with {% generation %} markers, and the tokenizer's has none; TRL has"
+            " none for it either; add them, or leave --assistant-only out"
+        ) from error
     return marked

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, describe
+from ..extras import require
 
 Row = dict[str, Any]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 """The files that can be read."""
 
-_EXTRA = 'pip install "loraone-init[data]"'
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+)?")
 _MAX_CSV_FIELD = 2**31 - 1
 
@@ -59,10 +59,12 @@ def read_rows(source: str, *, split: str | None = None, revision: str | None = N
     split:           part of a hub data set, "train" unless given; slices such as "train[:1000]" work.
     revision, token: of a hub data set; a file needs neither.
 
-    Raises DataError where there is nothing to read or it cannot be read, ConfigError for the split of a file.
+    Raises DataError where there is nothing to read or it cannot be read, ConfigError for the split of a file,
+    MissingPackageError as `require_packages` does.
     """
+    require_packages(source)
     path = Path(os.path.expanduser(source))
-    if os.path.exists(path) or _looks_like_path(source):
+    if _is_file(source):
         if split is not None:
             raise ConfigError(f"split {split!r} is for hub data sets, but {source!r} is a file; leave --split out")
         rows = _read_file(source, path)
@@ -71,6 +73,17 @@ def read_rows(source: str, *, split: str | None = None, revision: str | None = N
     if not len(rows):
         raise DataError(f"{source!r} has no rows; expected at least one")
     return rows
+
+
+def require_packages(source: str) -> None:
+    """Raise MissingPackageError where reading `source` needs a package that is not installed.
+
+    Nothing is read: commands ask this before they open a model.
+    """
+    if not _is_file(source):
+        require("data", "datasets", by=f"{source!r}, which is no file here, is taken for a hub data set, which")
+    elif Path(source).suffix.lower() == ".parquet":
+        require("data", "pyarrow", by=repr(source))
 
 
 def json_type(value: object) -> str:
@@ -87,8 +100,10 @@ def json_type(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _looks_like_path(source: str) -> bool:
-    return Path(source).suffix.lower() in SUFFIXES or _HUB_ID.fullmatch(source) is None
+def _is_file(source: str) -> bool:
+    """Whether it is a path: what exists here, has a file's suffix, or cannot be a hub id."""
+    exists = os.path.exists(os.path.expanduser(source))
+    return exists or Path(source).suffix.lower() in SUFFIXES or _HUB_ID.fullmatch(source) is None
 
 
 def _read_file(source: str, path: Path) -> Rows:
@@ -199,10 +214,8 @@ _PARSERS: dict[str, Callable[[str, str], list[Any]]] = {
 
 def _read_parquet(source: str, path: Path) -> Rows:
     """The table stays in Arrow's memory; a row becomes a dict when it is read."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{source!r}: .parquet files need pyarrow; {_EXTRA}") from error
+    import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
@@ -211,12 +224,8 @@ def _read_parquet(source: str, path: Path) -> Rows:
 
 
 def _read_hub(source: str, split: str, revision: str | None, token: str | None) -> Rows:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{source!r} is no file here, and data sets from the hub need the library datasets; {_EXTRA}"
-        ) from error
+    import datasets
+
     name, _, configuration = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, configuration or None, split=split, revision=revision, token=token)

@@ -17,11 +17,9 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..errors import ModelError
+from ..transformers_private import EXPERTS_INTERFACE, apply_gate
 from .expert_layout import ExpertStack, renamed_by_peft, wrapper_paths
 from .patching import replaced_forward
-
-_INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
-"""What transformers' `use_experts_implementation` gives a module whose products any implementation may compute."""
 
 
 class ExpertLinear(nn.Module):
@@ -50,7 +48,7 @@ class ExpertLinear(nn.Module):
 
 def is_fused_experts(module: nn.Module) -> bool:
     """Whether the module's experts can be run one by one."""
-    return all(hasattr(module, name) for name in _INTERFACE) and all(
+    return all(hasattr(module, name) for name in EXPERTS_INTERFACE) and all(
         isinstance(parameter := module._parameters.get(name), nn.Parameter) and parameter.ndim == 3
         for name in fused_parameters(module)
     )
@@ -142,7 +140,7 @@ def _run_experts(
     for expert, x in enumerate(hidden_states[order // k].split(sizes)):
         if len(x):
             h = up[expert](x)
-            h = owner._apply_gate(h) if owner.has_gate else owner.act_fn(h)
+            h = apply_gate(owner, h) if owner.has_gate else owner.act_fn(h)
             outputs.append(down[expert](h))
     y = torch.cat(outputs)
     if getattr(owner, "has_post_expert_norm", False):  # since transformers 5.18

@@ -5,26 +5,27 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import ModelError
+from ..transformers_private import is_checkpointing_layer, unsplit_classes
 
 
 def find_blocks(model: nn.Module, block_path: str | None = None) -> list[str]:
     """Names of the model's blocks in module order; [] where none can be told.
 
-    In this order: the children of `block_path` if it is given; module lists whose members are all transformers'
-    `GradientCheckpointingLayer`s; modules of the classes in the model's `_no_split_modules`. Of nested candidates the
-    outermost counts.
+    In this order: the children of `block_path` if it is given; module lists whose members are all of the class that
+    transformers has for layers with checkpointed activations; modules of the classes that the model says must not be
+    split over devices. Of nested candidates the outermost counts.
     """
     if block_path is not None:
         return _children_of(model, block_path)
     lists = [
         f"{name}.{child}"
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_checkpointing_layer, module))
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(is_checkpointing_layer, module))
         for child, _ in module.named_children()
     ]
     if lists:
         return _outermost(lists)
-    classes = _no_split_classes(model)
+    classes = unsplit_classes(model)
     return _outermost([name for name, module in model.named_modules() if name and type(module).__name__ in classes])
 
 
@@ -47,15 +48,6 @@ def _children_of(model: nn.Module, path: str) -> list[str]:
     if not children:
         raise ModelError(f"block path {path!r} names no module list; there are: {describe_module_lists(model)}")
     return children
-
-
-def _is_checkpointing_layer(module: nn.Module) -> bool:
-    """Whether a module is transformers' GradientCheckpointingLayer, told by name: transformers may not be imported."""
-    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
-
-
-def _no_split_classes(model: nn.Module) -> set[str]:
-    return set(getattr(model, "_no_split_modules", None) or ())
 
 
 def _outermost(names: list[str]) -> list[str]:

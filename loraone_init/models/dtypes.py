@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from ..errors import ConfigError
+from ..transformers_private import dtype_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 
 def declared_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The parameters that transformers keeps in a dtype other than `dtype` (T5's `wo` in fp16), with their dtype."""
-    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    plan = dtype_plan(model, dtype)
     return {
         name: kept for name, _ in model.named_parameters() for pattern, kept in plan.items() if re.search(pattern, name)
     }

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ModelError, describe
 from ..tasks import Task, auto_class
+from ..transformers_private import initialize, may_be_missing, tied_parameters
 from ..weights.checkpoint import Checkpoint
 from ..weights.reader import WeightReader
 from ..weights.recipes import InseparableError, crossing, find_recipes
@@ -74,7 +75,7 @@ def load_rest(
     """Read everything outside of `blocks`, alias what is tied, compute the buffers that no checkpoint holds."""
     names = reader.names
     tied = resolve_ties(model, names)
-    ignored = model._keys_to_ignore_on_load_missing or ()
+    ignored = may_be_missing(model)
     missing = [
         name
         for name in model.state_dict()
@@ -100,16 +101,16 @@ def _check_missing(model: PreTrainedModel, head: Head, missing: list[str]) -> No
 
 def resolve_ties(model: PreTrainedModel, names: set[str]) -> dict[str, str]:
     """{tensor that the checkpoint lacks: the one it is tied to}. Where the checkpoint has both, both are read."""
-    pairs: dict[str, str] = model.all_tied_weights_keys
+    pairs = tied_parameters(model)
     forward = {target: source for target, source in pairs.items() if target not in names and source in names}
     backward = {source: target for target, source in pairs.items() if source not in names and target in names}
     return forward | backward
 
 
 def _compute_buffers(model: PreTrainedModel, names: set[str], device: torch.device) -> None:
-    """Buffers that are computed, not stored (rotary frequencies): by the model's own `_init_weights`.
+    """Buffers that are computed, not stored (rotary frequencies): by the model's own initialisation.
 
-    It initialises a module's weights as well, so it has to run while those are on the meta device.
+    That initialises a module's weights as well, so it has to run while those are on the meta device.
     """
     from transformers import PreTrainedModel
 
@@ -121,8 +122,7 @@ def _compute_buffers(model: PreTrainedModel, names: set[str], device: torch.devi
             module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device=device)
         if computed:
             owner = max((name for name in owners if path == name or path.startswith(f"{name}.") or not name), key=len)
-            with torch.no_grad():
-                owners[owner]._init_weights(module)
+            initialize(owners[owner], module)
 
 
 def find_reader(

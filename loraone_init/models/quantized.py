@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, ModelError
+from ..extras import require
 from .dtypes import declared_dtypes
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,14 @@ def quantization_method(model: nn.Module) -> str | None:
         return None
     method = settings.get("quant_method") if isinstance(settings, Mapping) else settings.quant_method
     return str(getattr(method, "value", method))
+
+
+_PACKAGES = {"bitsandbytes": ("bitsandbytes", "accelerate"), "torchao": ("torchao", "accelerate")}
+
+
+def require_packages(name: str, method: str) -> None:
+    """Raise MissingPackageError where the weights cannot be read for want of a package of the extra."""
+    require("quantized", *_PACKAGES.get(method, ()), by=f"{name}, which is quantized with {method},")
 
 
 def check_dtype(name: str, method: str, dtype: torch.dtype) -> None:

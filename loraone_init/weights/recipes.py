@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import describe
+from ..transformers_private import conversions_of, convert
 from .checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -88,19 +88,13 @@ def _matches(
     model: PreTrainedModel, checkpoint: Checkpoint, state: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, str, str, Any]]:
     """(checkpoint's name, first target, pattern, converter or None) of all tensors that the model wants."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    conversions = conversions_of(model)
     for name in sorted(checkpoint.names, key=_natural):  # the experts' order: 2 before 10
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        target, pattern, converter = conversions.target(name, model, state)
         if target not in state and name in state:
-            target, pattern = name, None
+            target, pattern, converter = name, None, None
         if target in state:
-            yield name, target, pattern or name, by_pattern[pattern] if pattern is not None else None
+            yield name, target, pattern or name, converter
 
 
 def _natural(name: str) -> list[int | str]:
@@ -126,15 +120,11 @@ def _convert(
     tensors: Mapping[str, torch.Tensor],
     model: PreTrainedModel,
 ) -> dict[str, torch.Tensor]:
-    working = deepcopy(converter)  # it collects
-    for pattern, names in sources.items():
-        for name in names:
-            working.add_tensor(target, name, pattern, tensors[name])
+    given = [(name, pattern, tensors[name]) for pattern, names in sources.items() for name in names]
     try:
-        made = working.convert(target, model=model, config=model.config)
+        return convert(converter, target, given, model)
     except Exception as error:  # whatever a converter of some model may raise
         raise InseparableError(f"{target} is not converted alone: {describe(error)[:150]}") from error
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
 def _check_shapes(

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from loraone_init.data.batches import IGNORED
 from loraone_init.data.causal_rows import RowEncoder, row_encoder
 from loraone_init.data.formats import check_columns, infer_format, parse_columns
-from loraone_init.errors import ConfigError, DataError
+from loraone_init.errors import ConfigError, DataError, MissingPackageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # from inside TRL
 
@@ -492,6 +492,7 @@ def test_assistant_only_with_a_template_that_trl_does_not_know() -> None:
 def test_assistant_only_without_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.setitem(sys.modules, "trl.chat_template_utils", None)
-    assert 'pip install "loraone-init[assistant]"' in refusal([{"messages": CHATS[0]}], assistant_only=True)
+    with pytest.raises(MissingPackageError, match=r"generation %} markers, needs trl, .* \"\.\[assistant\]\""):
+        row_encoder({"messages": CHATS[0]}, make_tokenizer(), assistant_only=True)
     marked = row_encoder({"messages": CHATS[0]}, make_tokenizer(MARKED), assistant_only=True)
     assert isinstance(marked, RowEncoder)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loraone_init.data.rows import Rows, json_type, read_rows
-from loraone_init.errors import ConfigError, DataError
+from loraone_init.errors import ConfigError, DataError, MissingPackageError
 
 ROWS = [{"prompt": "Größe?", "completion": "3, 4\nund 5"}, {"prompt": "“a”", "completion": ""}]
 
@@ -203,14 +203,14 @@ def test_bad_parquet(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    assert 'pip install "loraone-init[data]"' in error_of(write(tmp_path / "a.parquet", "x"))
+    with pytest.raises(MissingPackageError, match=r"a\.parquet' needs pyarrow, .* pip install \"\.\[data\]\""):
+        read_rows(str(write(tmp_path / "a.parquet", "x")))
 
 
 def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    message = error_of("org/name")
-    assert "no file here" in message
-    assert 'pip install "loraone-init[data]"' in message
+    with pytest.raises(MissingPackageError, match=r"no file here, .* needs datasets, .* pip install \"\.\[data\]\""):
+        read_rows("org/name")
 
 
 def test_split_of_a_file(tmp_path: Path) -> None:

@@ -134,11 +134,12 @@ def test_output_is_a_gguf_file(tiny_model: Path, initialised: Path, tmp_path: Pa
     assert json.loads(result.stdout)["layers"] == 21
 
 
-def test_missing_package_names_the_command(
-    tiny_model: Path, initialised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
-    result = export("gguf", tiny_model, initialised, "-o", tmp_path / "a.gguf")
+    missing = tmp_path / "neither model nor adapter"  # the package is asked for before anything is opened
+    result = export("gguf", missing, missing, "-o", tmp_path / "a.gguf")
     assert result.exit_code == 1
-    assert 'gguf: pip install "loraone-init[gguf]"' in error_line(result.stderr)
+    assert 'needs gguf, which is not installed: in the clone of loraone-init, pip install ".[gguf]"' in error_line(
+        result.stderr
+    )

@@ -102,11 +102,12 @@ def test_a_base_that_mlx_lm_misreads_is_pointed_out(tmp_path: Path) -> None:
     assert "Warning: mlx-lm takes the rotary base of" in result.stderr
 
 
-def test_missing_package_names_the_command(
-    tiny_model: Path, initialised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlx_lm" else find(name))
-    result = export("mlx", tiny_model, initialised, "-o", tmp_path / "mlx")
+    missing = tmp_path / "neither model nor adapter"  # the package is asked for before anything is opened
+    result = export("mlx", missing, missing, "-o", tmp_path / "mlx")
     assert result.exit_code == 1
-    assert 'mlx_lm: pip install "loraone-init[mlx]"' in error_line(result.stderr)
+    assert 'needs mlx-lm, which is not installed: in the clone of loraone-init, pip install ".[mlx]"' in error_line(
+        result.stderr
+    )

@@ -160,4 +160,7 @@ def test_a_missing_package_names_the_pip_command(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = export("onnx", base, adapter, "-o", tmp_path / "folder", "--engine", "genai")
     assert result.exit_code == 1
-    assert 'onnxruntime-genai, which is not installed: pip install "loraone-init[genai]"' in error_line(result.stderr)
+    assert error_line(result.stderr) == (
+        "Error: the engine genai needs onnxruntime-genai and onnx-ir, which are not installed: in the clone of"
+        ' loraone-init, pip install ".[genai]"'
+    )
