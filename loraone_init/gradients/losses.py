@@ -12,6 +12,25 @@ from ..data.pieces import Piece
 from ..errors import DataError, NumericalError
 
 
+def check_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
+    """(mean loss, number of terms) over all rows."""
+    total, count = sum_losses(losses)
+    if count == 0:
+        raise DataError("the batches have no trainable tokens: every label is masked")
+    check_finite(total / count)
+    return total / count, count
+
+
+def sum_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
+    """(summed loss, number of terms) over all rows."""
+    return sum(float(rows.sums.sum()) for rows in losses), sum(float(rows.counts.sum()) for rows in losses)
+
+
+def check_finite(mean: float) -> None:
+    if not math.isfinite(mean):
+        raise NumericalError(f"the loss is {mean}; check the weights; in half precision, --dtype float32 may help")
+
+
 @dataclass(frozen=True)
 class RowLosses:
     """The summed loss of each row and the number of its terms (rows,), fp64 on the CPU.
@@ -40,24 +59,5 @@ def _joined(pieces: list[tuple[Piece, RowLosses]]) -> RowLosses:
         return pieces[0][1]
     order = torch.tensor([row for piece, _ in pieces for row in piece.rows or ()]).argsort()
     sums, counts = torch.cat([rows.sums for _, rows in pieces]), torch.cat([rows.counts for _, rows in pieces])
+    assert len(order) == len(sums), "each row of a piece has one loss"
     return RowLosses(sums[order], counts[order])
-
-
-def check_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
-    """(mean loss, number of terms) over all rows."""
-    total, count = sum_losses(losses)
-    if count == 0:
-        raise DataError("the batches have no trainable tokens: every label is masked")
-    check_finite(total / count)
-    return total / count, count
-
-
-def sum_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
-    """(summed loss, number of terms) over all rows."""
-    return sum(float(rows.sums.sum()) for rows in losses), sum(float(rows.counts.sum()) for rows in losses)
-
-
-def check_finite(mean: float) -> None:
-    """Raise NumericalError for a mean loss that is not a finite number."""
-    if not math.isfinite(mean):
-        raise NumericalError(f"the loss is {mean}; check the weights; in half precision, --dtype float32 may help")

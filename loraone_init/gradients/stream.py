@@ -68,7 +68,10 @@ def stream_gradients(
 
 
 class _Pass:
-    """One forward and backward; where memory runs out, another one for the layers that are still to come."""
+    """One forward and backward through all blocks.
+
+    Where memory runs out in the backward, both begin anew, for the layers whose gradients have not gone out yet.
+    """
 
     def __init__(
         self,
@@ -89,11 +92,11 @@ class _Pass:
         self._processes = processes
         self._num_parts = 2 if in_halves else 1
         self._collector = self._new_collector()
-        self._shared: set[int] = set()  # blocks whose gradients have gone out
+        self._shared: set[int] = set()  # the blocks whose gradients have gone out
         self._budget: ActivationBudget | None = None
 
     def forward(self, budget: ActivationBudget | None) -> list[_Found]:
-        """Each micro-batch with its losses; the traces are here after."""
+        """The losses of each micro-batch. The traces that the backward needs are kept."""
         self._budget = budget
         return self._micro_batches.attempt(self._forward)
 

@@ -1,4 +1,4 @@
-"""The loss before and after the step, on rows held out of the gradient or else on some of its own."""
+"""The loss before and after the step, on rows held out of the gradient, or else on some of the rows it is from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..streaming.stack import BlockStack
 
 
 def num_evaluated(num_rows: int) -> int:
-    """Rows to evaluate after the step: a quarter of them up to eight rows, then an eighth; at least one."""
+    """How many rows of the sample are evaluated: a quarter of them up to eight rows, then an eighth; at least one."""
     return max(1, min(num_rows // 4, max(8, num_rows // 8)))
 
 
@@ -36,7 +36,7 @@ def applied(
 ) -> Iterator[None]:
     """Inside, each target layer answers y + scale/gamma·B·(A·x): the adapter without changing a weight.
 
-    gamma: where the pairs are those for γ = 1; both factors are then multiplied by γ^(−1/2), as the adapter's will be.
+    gamma: for pairs for γ = 1: both factors are multiplied by γ^(−1/2), as the adapter's will be.
     """
     with ExitStack() as stack:
         for name, pair in pairs.items():
@@ -125,18 +125,27 @@ def evaluate_step(
             return evaluator.mean_loss(rows)[0]
 
     trials = Trials(loss_at)
+    suggested = None
     if config.gamma == AUTO:
         gamma = find_gamma(trials, before)
-        after = finite(trials(gamma))
-        return gamma, LossReport(sample, num_rows, before, after, held_out=bool(held_out), curve=trials.curve)
-    gamma = float(config.gamma)
-    suggested = None if trials(gamma) <= before else first_lower(trials, before, gamma)
-    after, lowered = finite(trials(gamma)), None if suggested is None else trials(suggested)
-    return gamma, LossReport(sample, num_rows, before, after, suggested, lowered, bool(held_out))
+    else:
+        gamma = float(config.gamma)
+        suggested = None if trials(gamma) <= before else first_lower(trials, before, gamma)
+    report = LossReport(
+        sample=sample,
+        rows=num_rows,
+        before=before,
+        after=finite(trials(gamma)),
+        suggested_gamma=suggested,
+        suggested_loss=None if suggested is None else trials(suggested),
+        held_out=bool(held_out),
+        curve=trials.curve if config.gamma == AUTO else (),
+    )
+    return gamma, report
 
 
 def _checked(loss: tuple[float, int]) -> tuple[float, int]:
-    """(mean loss, number of rows) of rows held out, without the step."""
+    """The (mean loss, number of rows) of the rows held out, without the step, if there are any and it is finite."""
     before, num_rows = loss
     if num_rows == 0:
         raise DataError("the rows held out have no trainable tokens: every label is masked; hold out others")
