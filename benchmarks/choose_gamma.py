@@ -30,7 +30,7 @@ from loraone_init.data.classification_rows import read_labels
 from loraone_init.gradients.causal_lm import CausalLM
 from loraone_init.gradients.classification import SequenceClassification
 from loraone_init.gradients.objective import Objective
-from loraone_init.initialization.evaluation import Forwards, applied
+from loraone_init.initialization.evaluation import LossEvaluator, applied
 from loraone_init.layers.targets import select_targets
 from loraone_init.models.opening import OpenModel
 from loraone_init.models.sources import resolve_model
@@ -116,12 +116,12 @@ def measure(
         InitConfig(rank=rank, gamma="auto", seed=seed),
         monitor=monitor,
     )
-    forwards = Forwards(BlockStack.of(model), objective, Monitor(), Alone(), by_row=True)
+    evaluator = LossEvaluator(BlockStack.of(model), objective, Monitor(), Alone())
     targets = select_targets(model.module, "all-linear", saved=model.saved)
 
     def loss_on_others(gamma: float) -> float:
         with applied(adapter.pairs, targets, adapter.config.scale, gamma / adapter.gamma):
-            return forwards.mean_loss(fresh)[0]
+            return evaluator.mean_loss(fresh)[0]
 
     loss = adapter.loss
     return {
@@ -133,7 +133,7 @@ def measure(
         "published": dict(loss.curve)[PUBLISHED_GAMMA],
         "found": loss.after,
         "others": {
-            "before": forwards.mean_loss(fresh)[0],
+            "before": evaluator.mean_loss(fresh)[0],
             "published": loss_on_others(PUBLISHED_GAMMA),
             "found": loss_on_others(adapter.gamma),
             "twice": loss_on_others(2 * adapter.gamma),

@@ -26,7 +26,7 @@ class LayerReport:
     sine:            upper estimate of the sine of the largest principal angle to the true rank-r subspaces; None
                      where they are not defined: (σ_r − σ_{r+1})/σ_r < 0.01.
     init:            "spectral"; "partial" where rank < r; "standard" where G = 0.
-    agreement:       of the halves of a sample that was grown (see `sample_size.Halved`); None where it was not.
+    agreement:       of the halves of a sample that was grown (see `sample_size.ComparedLayer`); None where it was not.
     """
 
     shape: tuple[int, int]

@@ -7,8 +7,8 @@ May import `gradients` and what stands below it.
 from __future__ import annotations
 
 from .gamma import find_gamma
-from .growing import Drawn, Samples
+from .growing import grow
 from .rank_allotment import allot, choose_ranks
 from .sample_size import Growth
 
-__all__ = ["Drawn", "Growth", "Samples", "allot", "choose_ranks", "find_gamma"]
+__all__ = ["Growth", "allot", "choose_ranks", "find_gamma", "grow"]

@@ -1,7 +1,7 @@
 """How many rows are enough: the rule by which a sample is doubled until two halves of it agree, and the record of it.
 
-Each half's gradient is a sample's of half the size. Where the singular subspaces of both agree, more rows would change
-little; where they do not, the directions of the step are those of the rows that happened to be drawn.
+The gradient of each half is that of a sample of half the size. Where the singular subspaces of both gradients agree,
+more rows would change little; where they do not, the step takes the directions of the rows that happened to be drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFAULT_TOLERANCE = 0.4
 """The tolerance was chosen by measurement: see docs/choosing.md."""
 
 ENERGY_SHARE = 0.05
-"""The tolerance for the captured energy, as a share of that for the agreement."""
+"""The tolerance for the captured energy is this share of the tolerance for the agreement."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Growth:
     """How a sample is grown: `start` rows first, twice as many each time, until it has settled or there are no more.
 
     tolerance: a sample has settled when, in the median over the layers, its halves agree to 1 − tolerance (see
-               `Halved.agreement`) and the captured energy is within tolerance/20 of what the size before gave.
-    start:     at least 2; of batches made in Python, batches.
+               `ComparedLayer.agreement`) and the captured energy is within tolerance/20 of what the size before gave.
+    start:     the number of rows to start with, at least 2; for batches made in Python, the number of batches.
     """
 
     tolerance: float = DEFAULT_TOLERANCE
@@ -43,7 +43,10 @@ class Growth:
             raise ConfigError(f"a sample grows from 2 rows at least, got {self.start!r}")
 
     def sizes(self, available: int) -> list[int]:
-        """start, 2·start, 4·start …, and in the end all. Raises DataError for a single row: it has no halves."""
+        """The sizes to try: start, 2·start, 4·start …, and last all that are available.
+
+        Raises DataError for a single row, which has no halves.
+        """
         if available < 2:
             raise DataError(f"a sample of {available} row has no two halves to compare; give more rows, or --samples 1")
         sizes = [min(self.start, available)]
@@ -52,8 +55,8 @@ class Growth:
         return sizes
 
 
-class Halved(Protocol):
-    """A layer's report, as far as it is needed here.
+class ComparedLayer(Protocol):
+    """The report of one layer whose gradient was taken in two halves, as far as it is needed here.
 
     agreement: mean cos² of the principal angles between the halves' rank-r singular subspaces, of the output side (U)
                and of the input side (V); None where a half's gradient has a numerical rank below r.
@@ -66,8 +69,8 @@ class Halved(Protocol):
     def captured_energy(self) -> float: ...
 
 
-def stage_of(samples: int, layers: Iterable[Halved]) -> GrowthStage:
-    """Sum up one sample's layers. The median, since single layers without a gap after σ_r never agree."""
+def stage_of(samples: int, layers: Iterable[ComparedLayer]) -> GrowthStage:
+    """The layers of a sample summed up, by their median: a layer without a gap after σ_r never agrees."""
     layers = list(layers)
     compared = [layer for layer in layers if layer.agreement is not None]
     values = [min(layer.agreement) for layer in compared if layer.agreement is not None]
@@ -81,7 +84,7 @@ def stage_of(samples: int, layers: Iterable[Halved]) -> GrowthStage:
 
 
 def has_settled(stages: Sequence[GrowthStage], tolerance: float) -> bool:
-    """Whether the last of the stages has; see `Growth.tolerance`."""
+    """Whether the sample has settled at the last of the stages; see `Growth.tolerance`."""
     if len(stages) < 2:
         return False
     before, last = stages[-2:]
@@ -92,7 +95,7 @@ def has_settled(stages: Sequence[GrowthStage], tolerance: float) -> bool:
 
 
 def why_unsettled(stages: Sequence[GrowthStage], tolerance: float) -> str:
-    """What `has_settled` misses in stages that have not."""
+    """Why `has_settled` says no, in words for the warning."""
     last = stages[-1]
     if last.agreement_median is None or last.captured_energy is None:
         return "no layer of its halves can be compared"

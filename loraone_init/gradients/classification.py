@@ -20,6 +20,8 @@ from .objective import Batch, check_tokens
 class SequenceClassification:
     """Sum over rows of the loss that transformers' models take: see `row_losses`."""
 
+    by_row = True
+
     def __init__(self, model: nn.Module, device: torch.device, labels: Labels) -> None:
         self._model = model
         self._device = device

@@ -1,13 +1,14 @@
-"""Summed losses of rows, and what is checked of them."""
+"""Summed losses of rows: how those of pieces become those of batches, and what is checked of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from ..data.pieces import Piece
 from ..errors import DataError, NumericalError
 
 
@@ -32,11 +33,31 @@ def check_finite(mean: float) -> None:
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Summed losses and their counts (rows,), fp64 on the CPU; a custom loss counts as one row for each batch."""
+    """The summed loss of each row and the number of its terms (rows,), fp64 on the CPU.
+
+    The loss of a batch that cannot be divided by rows, such as a custom loss, may count as one row.
+    """
 
     sums: torch.Tensor
     counts: torch.Tensor
 
-    def followed_by(self, other: RowLosses) -> RowLosses:
-        """Those of both, these rows first."""
-        return RowLosses(torch.cat([self.sums, other.sums]), torch.cat([self.counts, other.counts]))
+
+def join_losses(found: Iterable[tuple[Piece, RowLosses]]) -> list[RowLosses]:
+    """The losses of whole batches, in order, from those of the pieces that they were cut into, given in any order.
+
+    A batch of which no piece is given is left out; of a batch of which some pieces are given, these rows are.
+    """
+    by_batch: dict[int, list[tuple[Piece, RowLosses]]] = {}
+    for piece, losses in found:
+        by_batch.setdefault(piece.batch_index, []).append((piece, losses))
+    return [_joined(by_batch[index]) for index in sorted(by_batch)]
+
+
+def _joined(pieces: list[tuple[Piece, RowLosses]]) -> RowLosses:
+    """The losses of one batch's rows, in the order of the rows."""
+    if len(pieces) == 1:
+        return pieces[0][1]
+    order = torch.tensor([row for piece, _ in pieces for row in piece.rows or ()]).argsort()
+    sums, counts = torch.cat([rows.sums for _, rows in pieces]), torch.cat([rows.counts for _, rows in pieces])
+    assert len(order) == len(sums), "each row of a piece has one loss"
+    return RowLosses(sums[order], counts[order])

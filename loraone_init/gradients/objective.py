@@ -20,6 +20,11 @@ LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int
 class Objective(Protocol):
     """What is differentiated: the sum of a batch's losses; the mean's 1/count is applied to the finished gradient."""
 
+    @property
+    def by_row(self) -> bool:
+        """Whether the loss of a batch is the sum of its rows' losses, so that the batch may be divided by rows."""
+        ...
+
     def check(self, batches: Sequence[Any]) -> None:
         """Raise DataError for batches that cannot be run, before any is."""
         ...
@@ -39,6 +44,8 @@ class Objective(Protocol):
 
 class WholeModel:
     """Any model with any loss: `loss(model, batch)` gives the summed loss and the number of terms in it."""
+
+    by_row = False
 
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         self._model = model

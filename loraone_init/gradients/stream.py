@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.pieces import Piece, shares_of, split_in_halves, whole_batches
 from ..errors import ModelError
 from ..linalg.layer_gradient import LayerGradient
 from ..monitor import Monitor
@@ -19,9 +20,12 @@ from ..streaming.driver import stream_backward, stream_forward
 from ..streaming.stack import BlockStack
 from ..streaming.too_large import TooLargeError
 from .collector import Collector
-from .losses import RowLosses, check_finite, check_losses, sum_losses
+from .losses import RowLosses, check_finite, check_losses, join_losses, sum_losses
 from .micro_batches import MicroBatches
 from .objective import Objective
+
+_Found = tuple[Piece, RowLosses]
+"""A piece of a batch, and the losses of its rows."""
 
 
 def stream_gradients(
@@ -32,14 +36,15 @@ def stream_gradients(
     monitor: Monitor | None = None,
     budget: ActivationBudget | None = None,
     processes: Processes | None = None,
-    halves: Sequence[int] | None = None,
+    in_halves: bool = False,
 ) -> tuple[list[RowLosses], Iterator[LayerGradient]]:
-    """Losses of all batches, and the gradient of their overall mean for every target layer.
+    """The losses of all batches, and the gradient of their overall mean for every target layer.
 
-    budget: memory for what the forward computes and the backward needs; without it, that is computed again.
-    processes: those that share the work, one by default: `batches` and the losses are this one's, which may be
-            none; the mean is that of all, and the gradients are those that this one is to decompose.
-    halves: to which half of the sample, 0 or 1, each batch belongs; gradients then come in two parts.
+    budget:    memory for what the forward computes and the backward needs; without it, that is computed again.
+    processes: the processes that share the batches between them, this one alone by default. Each is given all batches
+               and gets the losses of all of them, and the gradients of the layers that it is to decompose. A process
+               may have no rows to run.
+    in_halves: whether each gradient comes in two parts, one for each half of the sample (see `split_in_halves`).
 
     The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
     mode with frozen parameters. Micro-batches that do not fit in memory are halved, and both begin anew.
@@ -48,43 +53,59 @@ def stream_gradients(
     single row does not fit in memory.
     """
     processes = processes or Alone()
-    gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), processes, halves)
-    losses = gradients.forward(budget)
-    order, count = _agree(stack, gradients.traces, losses, processes)
-    return losses, gradients.backward(order, count)
+    pieces = whole_batches(batches, objective.by_row)
+    if in_halves:
+        pieces = split_in_halves(pieces)
+    own = MicroBatches(shares_of(pieces, processes.size)[processes.index], stack)
+    gradients = _Pass(stack, targets, objective, own, monitor or Monitor(), processes, in_halves)
+    found = gradients.forward(budget)
+    _check_own_losses(found)
+    told = processes.gather((gradients.order(), [(piece.without_content(), losses) for piece, losses in found]))
+    found_by_all = [each for _, found_there in told for each in found_there]
+    _, count = check_losses([losses for _, losses in found_by_all])
+    order = _common_order(stack, {order for order, _ in told if order is not None})
+    return join_losses(found_by_all), gradients.backward(order, count)
 
 
 class _Pass:
-    """One forward and backward; where memory runs out, another one for the layers that are still to come."""
+    """One forward and backward through all blocks.
+
+    Where memory runs out in the backward, both begin anew, for the layers whose gradients have not gone out yet.
+    """
 
     def __init__(
         self,
         stack: BlockStack,
         targets: Mapping[str, nn.Module],
         objective: Objective,
-        batches: MicroBatches,
+        micro_batches: MicroBatches,
         monitor: Monitor,
         processes: Processes,
-        halves: Sequence[int] | None,
+        in_halves: bool,
     ) -> None:
         self.traces: list[Trace] = []
         self._stack = stack
         self._waiting = dict(targets)
         self._objective = objective
-        self._batches = batches
+        self._micro_batches = micro_batches
         self._monitor = monitor
         self._processes = processes
-        self._halves = halves
+        self._num_parts = 2 if in_halves else 1
         self._collector = self._new_collector()
-        self._shared: set[int] = set()  # blocks whose gradients have gone out
+        self._shared: set[int] = set()  # the blocks whose gradients have gone out
+        self._budget: ActivationBudget | None = None
 
-    def forward(self, budget: ActivationBudget | None) -> list[RowLosses]:
-        """The losses of all batches; the traces are here after."""
-        first = [budget]  # a retry keeps no activations
-        return self._batches.attempt(lambda parts: self._forward(parts, first.pop() if first else None))
+    def forward(self, budget: ActivationBudget | None) -> list[_Found]:
+        """The losses of each micro-batch. The traces that the backward needs are kept."""
+        self._budget = budget
+        return self._micro_batches.attempt(self._forward)
+
+    def order(self) -> tuple[int, ...] | None:
+        """The blocks in the order of the calls that were kept; None for a process that has no rows to run."""
+        return tuple(call.block for call in self.traces[0].calls) if self.traces else None
 
     def backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
-        """order: of the blocks that were called. count: of the terms of the mean."""
+        """order: the blocks in the order of their calls. count: the number of terms of the mean."""
         while True:
             try:
                 yield from self._backward(order, count)
@@ -92,33 +113,34 @@ class _Pass:
             except TooLargeError as error:
                 index, block = error.index, error.block
             self.traces, self._collector = [], self._new_collector()
-            self._batches.halve(index, block)
+            self._micro_batches.halve(index, block)
             self.forward(None)
         # layers outside of all blocks, or never reached
         yield from self._processes.share(self._collector.take(name, count) for name in self._waiting)
 
-    def _forward(self, parts: list[Any], budget: ActivationBudget | None) -> list[RowLosses]:
+    def _forward(self) -> list[_Found]:
         self._collector = self._new_collector()
         trained = frozenset(i for i, block in enumerate(self._stack.names) if _within(self._waiting, block))
+        pieces = self._micro_batches.pieces
+        budget, self._budget = self._budget, None  # where memory runs out, the next attempt keeps no activations
         losses: dict[int, RowLosses] = {}
 
         def finish(index: int, features: Any) -> None:
             with self._monitor.timed("head"):
-                losses[index] = self._objective.finish(features, parts[index], backward=True)
+                losses[index] = self._objective.finish(features, pieces[index].content, backward=True)
 
         with self._monitor.timed("forward"), self._collector.attached(), self._objective.active():
-            forwards = [partial(self._objective.forward, part) for part in parts]
+            forwards = [partial(self._objective.forward, piece.content) for piece in pieces]
             on_step = partial(self._monitor.step, "forward")
             self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, budget, self._turn)
-        return self._batches.merge([losses[index] for index in range(len(parts))])
+        return [(piece, losses[index]) for index, piece in enumerate(pieces)]
 
     def _new_collector(self) -> Collector:
-        return Collector(self._waiting, 1 if self._halves is None else 2)
+        return Collector(self._waiting, self._num_parts)
 
     def _turn(self, index: int) -> None:
-        """What comes now is of this micro-batch."""
-        if self._halves is not None:
-            self._collector.turn_to(self._halves[self._batches.of[index]])
+        """Gradients that arrive from now on are of the micro-batch of this number."""
+        self._collector.turn_to(self._micro_batches.pieces[index].half)
 
     def _backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
         with self._collector.attached():
@@ -133,21 +155,19 @@ class _Pass:
                 yield from self._processes.share(self._collector.take(name, count) for name in names)
 
 
-def _agree(
-    stack: BlockStack, traces: list[Trace], losses: list[RowLosses], processes: Processes
-) -> tuple[tuple[int, ...], float]:
-    """The blocks in the order of the calls that were kept, and the number of terms of all processes' losses."""
-    total, count = sum_losses(losses)
+def _check_own_losses(found: Sequence[_Found]) -> None:
+    """Raise NumericalError where this process's loss is not finite: the others' errors then name this process."""
+    total, count = sum_losses([losses for _, losses in found])
     if count:
-        check_finite(total / count)  # by the process that it belongs to
-    own = tuple(call.block for call in traces[0].calls) if traces else None
-    parts = processes.gather((own, losses))
-    _, count = check_losses([rows for _, part in parts for rows in part])
-    orders = {order for order, _ in parts if order is not None}
+        check_finite(total / count)
+
+
+def _common_order(stack: BlockStack, orders: set[tuple[int, ...]]) -> tuple[int, ...]:
+    """The order of calls that all processes have seen. Raises ModelError where they have seen several."""
     if len(orders) != 1:
         called = "; ".join(", ".join(stack.names[block] for block in order) for order in sorted(orders))
         raise ModelError(f"the processes take different ways through the model ({called}); use one process")
-    return orders.pop(), count
+    return next(iter(orders))
 
 
 def stream_losses(
@@ -155,22 +175,31 @@ def stream_losses(
     objective: Objective,
     batches: Sequence[Any],
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    processes: Processes | None = None,
 ) -> list[RowLosses]:
-    """Losses of all batches, no gradients. on_step: told the number of blocks that are done, and of all."""
-    divided = MicroBatches(batches, stack)
+    """The losses of all batches, without gradients.
 
-    def run(parts: list[Any]) -> list[RowLosses]:
+    on_step:   told the number of blocks that are done, and of all.
+    processes: the processes that share the batches between them. Each gets the losses of the rows that are its own.
+    """
+    processes = processes or Alone()
+    shares = shares_of(whole_batches(batches, objective.by_row), processes.size)
+    own = MicroBatches(shares[processes.index], stack)
+
+    def run() -> list[_Found]:
+        pieces = own.pieces
         losses: dict[int, RowLosses] = {}
 
         def finish(index: int, features: Any) -> None:
             with torch.no_grad():
-                losses[index] = objective.finish(features, parts[index], backward=False)
+                losses[index] = objective.finish(features, pieces[index].content, backward=False)
 
         with objective.active():
-            stream_forward(stack, [partial(objective.forward, part) for part in parts], finish, on_step=on_step)
-        return divided.merge([losses[index] for index in range(len(parts))])
+            forwards = [partial(objective.forward, piece.content) for piece in pieces]
+            stream_forward(stack, forwards, finish, on_step=on_step)
+        return [(piece, losses[index]) for index, piece in enumerate(pieces)]
 
-    return divided.attempt(run)
+    return join_losses(own.attempt(run))
 
 
 def _within(names: Mapping[str, Any], block: str) -> list[str]:

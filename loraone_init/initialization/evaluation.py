@@ -1,4 +1,4 @@
-"""The loss before and after the step, on rows held out of the gradient or else on some of its own."""
+"""The loss before and after the step, on rows held out of the gradient, or else on some of the rows it is from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from ..adapter.records import LossReport
 from ..choosing.gamma import USUAL_PASSES, Trials, find_gamma, finite, first_lower
 from ..config import AUTO, Auto, InitConfig
-from ..data.pieces import share_of
+from ..data.pieces import Piece, cut_rows, whole_batches
 from ..errors import DataError, NumericalError
 from ..gradients.losses import RowLosses, check_losses, sum_losses
 from ..gradients.objective import Objective
@@ -26,7 +26,7 @@ from ..streaming.stack import BlockStack
 
 
 def num_evaluated(num_rows: int) -> int:
-    """Rows to evaluate after the step: a quarter of them up to eight rows, then an eighth; at least one."""
+    """How many rows of the sample are evaluated: a quarter of them up to eight rows, then an eighth; at least one."""
     return max(1, min(num_rows // 4, max(8, num_rows // 8)))
 
 
@@ -36,7 +36,7 @@ def applied(
 ) -> Iterator[None]:
     """Inside, each target layer answers y + scale/gamma·B·(A·x): the adapter without changing a weight.
 
-    gamma: where the pairs are those for γ = 1; both factors are then multiplied by γ^(−1/2), as the adapter's will be.
+    gamma: for pairs for γ = 1: both factors are multiplied by γ^(−1/2), as the adapter's will be.
     """
     with ExitStack() as stack:
         for name, pair in pairs.items():
@@ -60,44 +60,42 @@ def _add_update(
     return updated
 
 
-class Forwards:
-    """Plain forward passes through the blocks, shared by all processes, which all get the same losses.
+class LossEvaluator:
+    """Mean losses by plain forward passes through the blocks, shared by all processes, which all get the same mean.
 
-    by_row: whether processes may divide a batch between them. expected: passes that the progress bar counts on.
+    expected: the number of passes that the progress bar counts on.
     """
 
-    expected = 1
-
     def __init__(
-        self, stack: BlockStack, objective: Objective, monitor: Monitor, processes: Processes, by_row: bool
+        self, stack: BlockStack, objective: Objective, monitor: Monitor, processes: Processes, expected: int = 1
     ) -> None:
+        self.by_row = objective.by_row
         self._stack = stack
         self._objective = objective
         self._monitor = monitor
         self._processes = processes
-        self._by_row = by_row
+        self._expected = expected
         self._done = 0
 
     def mean_loss(self, batches: Sequence[Any]) -> tuple[float, int]:
         """(mean over all terms, number of rows that have any); the mean of none is not a number."""
-        mine = [piece.batch for piece in share_of(batches, self._processes.index, self._processes.size, self._by_row)]
-        losses = stream_losses(self._stack, self._objective, mine, self._on_step)
+        losses = stream_losses(self._stack, self._objective, batches, self._on_step, self._processes)
         self._done += 1
         own = (*sum_losses(losses), sum(int((rows.counts > 0).sum()) for rows in losses))
         totals, counts, num_rows = map(sum, zip(*self._processes.gather(own), strict=True))
         return totals / counts if counts else math.nan, int(num_rows)
 
     def _on_step(self, done: int, total: int) -> None:
-        self._monitor.step("evaluate", self._done * total + done, max(self.expected, self._done + 1) * total)
+        self._monitor.step("evaluate", self._done * total + done, max(self._expected, self._done + 1) * total)
 
 
 def expected_passes(gamma: float | Auto, held_out: bool) -> int:
-    """How many forward passes `evaluate_step` takes as a rule."""
+    """How many forward passes `evaluate_step` usually takes."""
     return USUAL_PASSES if gamma == AUTO else 2 if held_out else 1
 
 
 def evaluate_step(
-    forwards: Forwards,
+    evaluator: LossEvaluator,
     batches: Sequence[Any],
     losses: Sequence[RowLosses],
     held_out: Sequence[Any],
@@ -107,39 +105,47 @@ def evaluate_step(
 ) -> tuple[float, LossReport]:
     """γ, and the mean losses of W and of W + (s/γ)·B·A: on the batches held out if there are any, else on some rows.
 
-    batches, losses: those of the gradient, and their losses before the step.
-    pairs: factors for γ = 1.
+    batches, losses: what the gradient was taken from, and the losses before the step.
+    pairs: the factors of each layer for γ = 1.
 
     γ is config.gamma; where the step then raises the loss, it is doubled until one is found that lowers it, which is
-    suggested. For "auto" it is that with the lowest loss (`step_length.find_gamma`).
+    suggested. For "auto" it is the one with the lowest loss (`choosing.find_gamma`).
 
     Raises DataError where no token of rows held out is trained on, NumericalError where their loss is not finite.
     """
-    forwards.expected = expected_passes(config.gamma, bool(held_out))
     sample, _ = check_losses(losses)
     if held_out:
-        rows, (before, num_rows) = held_out, _checked(forwards.mean_loss(held_out))
+        rows, (before, num_rows) = held_out, _checked(evaluator.mean_loss(held_out))
     else:
-        rows, known = _some_rows(batches, losses, config.seed)
+        rows, known = some_rows(whole_batches(batches, evaluator.by_row), losses, config.seed)
         (before, _), num_rows = check_losses(known), sum(len(part.sums) for part in known)
 
     def loss_at(gamma: float) -> float:
         with applied(pairs, targets, config.scale, gamma):
-            return forwards.mean_loss(rows)[0]
+            return evaluator.mean_loss(rows)[0]
 
     trials = Trials(loss_at)
+    suggested = None
     if config.gamma == AUTO:
         gamma = find_gamma(trials, before)
-        after = finite(trials(gamma))
-        return gamma, LossReport(sample, num_rows, before, after, held_out=bool(held_out), curve=trials.curve)
-    gamma = float(config.gamma)
-    suggested = None if trials(gamma) <= before else first_lower(trials, before, gamma)
-    after, lowered = finite(trials(gamma)), None if suggested is None else trials(suggested)
-    return gamma, LossReport(sample, num_rows, before, after, suggested, lowered, bool(held_out))
+    else:
+        gamma = float(config.gamma)
+        suggested = None if trials(gamma) <= before else first_lower(trials, before, gamma)
+    report = LossReport(
+        sample=sample,
+        rows=num_rows,
+        before=before,
+        after=finite(trials(gamma)),
+        suggested_gamma=suggested,
+        suggested_loss=None if suggested is None else trials(suggested),
+        held_out=bool(held_out),
+        curve=trials.curve if config.gamma == AUTO else (),
+    )
+    return gamma, report
 
 
 def _checked(loss: tuple[float, int]) -> tuple[float, int]:
-    """(mean loss, number of rows) of rows held out, without the step."""
+    """The (mean loss, number of rows) of the rows held out, without the step, if there are any and it is finite."""
     before, num_rows = loss
     if num_rows == 0:
         raise DataError("the rows held out have no trainable tokens: every label is masked; hold out others")
@@ -148,16 +154,32 @@ def _checked(loss: tuple[float, int]) -> tuple[float, int]:
     return before, num_rows
 
 
-def _some_rows(batches: Sequence[Any], losses: Sequence[RowLosses], seed: int) -> tuple[list[Any], list[RowLosses]]:
-    """Some rows of the batches, and their losses. A batch whose loss is one number is taken whole or not at all."""
-    units = [(index, row) for index, rows in enumerate(losses) for row in range(len(rows.sums)) if rows.counts[row] > 0]
+def some_rows(pieces: Sequence[Piece], losses: Sequence[RowLosses], seed: int) -> tuple[list[Any], list[RowLosses]]:
+    """Some rows of the batches, and their losses. A batch that cannot be divided is taken whole or not at all.
+
+    losses: the losses of each of the pieces, which are whole batches.
+    """
+    units = [
+        (index, row)
+        for index, (piece, known) in enumerate(zip(pieces, losses, strict=True))
+        for row in _rows_with_terms(piece, known)
+    ]
     order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed)).tolist()
     taken = sorted(units[i] for i in order[: num_evaluated(len(units))])
     chosen, kept = [], []
     for index in sorted({index for index, _ in taken}):
+        if pieces[index].rows is None:
+            chosen.append(pieces[index].content)
+            kept.append(losses[index])
+            continue
         rows = torch.tensor([row for other, row in taken if other == index])
-        batch = batches[index]
-        by_row = isinstance(batch, Mapping) and len(losses[index].sums) > 1
-        chosen.append({key: value[rows] for key, value in batch.items()} if by_row else batch)
+        chosen.append(cut_rows(pieces[index].content, rows))
         kept.append(RowLosses(losses[index].sums[rows], losses[index].counts[rows]))
     return chosen, kept
+
+
+def _rows_with_terms(piece: Piece, losses: RowLosses) -> list[int]:
+    """The rows of a whole batch that have a term of the loss; of a batch that cannot be divided, 0 stands for all."""
+    if piece.rows is None:
+        return [0] if losses.counts.sum() > 0 else []
+    return [row for row in piece.rows if losses.counts[row] > 0]

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..choosing.growing import Samples, batches_of
+from ..choosing.growing import SampleOrBatches, batches_of, grow
 from ..choosing.sample_size import Growth
 from ..config import AUTO, InitConfig
-from ..data.pieces import share_of
+from ..data.pieces import shares_of, whole_batches
 from ..data.sampling import HELD_OUT
 from ..errors import ConfigError, DataError, ModelError
 from ..gradients.causal_lm import CausalLM
@@ -32,10 +32,10 @@ from ..processes.processes import Alone, Processes
 from ..streaming.keeping import keeping
 from ..streaming.stack import BlockStack
 from ..tasks import NAMES
-from .evaluation import Forwards, evaluate_step
-from .layer_starts import rank_limits, start_layers
-from .passes import Passes
-from .room import Room, find_room
+from .evaluation import LossEvaluator, evaluate_step, expected_passes
+from .layer_starts import rank_limits
+from .passes import GradientPass, PassResult
+from .room import SpareMemory, find_spare_memory
 
 if TYPE_CHECKING:
     from ..data.sample import Sample
@@ -88,29 +88,43 @@ def initialize(
     if not rows:
         raise DataError("there are no batches; give at least one")
     objective.check([*rows, *others])
-    by_row = loss is None
-    own = [piece.batch for piece in share_of(rows, processes.index, processes.size, by_row)]
-    room = find_room(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)
-    samples = Samples(batches, growth, by_row)
+    share = shares_of(whole_batches(rows, objective.by_row), processes.size)[processes.index]
+    own = [piece.content for piece in share]
+    spare = find_spare_memory(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)
     stack = BlockStack.of(opened)
-    passes = Passes(stack, targets, objective, limits, config, room.activations, monitor, processes, by_row)
-    with _ready(opened, stack, targets, room):
-        for drawn in samples:
-            losses, decomposed = passes.take(drawn)
-            with monitor.timed("svd"):
-                pairs, layers = start_layers(decomposed, expert_stacks(targets), config)
-            samples.judge(layers.values())
-        forwards = Forwards(stack, objective, monitor, processes, by_row)
+    gradient_pass = GradientPass(
+        stack=stack,
+        targets=targets,
+        objective=objective,
+        limits=limits,
+        config=config,
+        activations=spare.activations,
+        monitor=monitor,
+        processes=processes,
+    )
+
+    def take(sample: SampleOrBatches) -> PassResult:
+        return gradient_pass.run(batches_of(sample), in_halves=growth is not None)
+
+    with _ready(opened, stack, targets, spare):
+        if growth is None:
+            used, found, grown = batches, take(batches), None
+        else:
+            used, found, grown = grow(batches, growth, take)
+        expected = expected_passes(config.gamma, held_out=bool(others))
+        evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
-            gamma, report = evaluate_step(forwards, drawn.batches, losses, others, pairs, targets, config)
+            gamma, report = evaluate_step(
+                evaluator, batches_of(used), found.losses, others, found.pairs, targets, config
+            )
     return Adapter(
-        pairs={name: shortened(pairs.pop(name), gamma, layers[name].rank) for name in targets},
+        pairs={name: shortened(found.pairs.pop(name), gamma, found.layers[name].rank) for name in targets},
         config=replace(config, block_path=opened.block_path, gamma=gamma),
-        layers={name: layers[name] for name in targets},
+        layers={name: found.layers[name] for name in targets},
         loss=report,
         base=_base(opened, targets),
-        sample=_describe(samples.used),
-        growth=samples.report(),
+        sample=_describe(used),
+        growth=grown,
         task_type=NAMES[opened.task].peft if loss is None else None,
         saved=saved_tensors(opened.module, saved),
         fan_in_fan_out=any(map(is_conv1d, targets.values())),
@@ -143,13 +157,15 @@ def _opened(model: OpenModel | nn.Module, config: InitConfig) -> OpenModel:
 
 
 @contextmanager
-def _ready(opened: OpenModel, stack: BlockStack, targets: Mapping[str, nn.Module], room: Room) -> Iterator[None]:
+def _ready(
+    opened: OpenModel, stack: BlockStack, targets: Mapping[str, nn.Module], spare: SpareMemory
+) -> Iterator[None]:
     """Inside, the model can be differentiated by layers, and what does not fit on the device is kept elsewhere."""
     with (
         _frozen(opened.module),
         differentiable(opened.module),
         experts_as_layers(opened.module, targets),
-        keeping(room.device_bytes, room.host_bytes) as keeper,
+        keeping(spare.device_bytes, spare.host_bytes) as keeper,
         stack.kept_by(keeper),
     ):
         yield

@@ -21,7 +21,7 @@ from ..linalg.svd import TruncatedSVD, truncated_svd
 
 
 def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[InitConfig, dict[str, int]]:
-    """Up to which rank each layer is decomposed; and the configuration with the rank that s follows from.
+    """The configuration with the rank that the scale s follows from, and the rank up to which each layer is decomposed.
 
     Raises ConfigError, naming the smallest layer, where the rank is larger than it allows; likewise for a budget.
     """
@@ -40,9 +40,11 @@ def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[I
 
 @dataclass(frozen=True)
 class Decomposition:
-    """What is left of a gradient when it is gone, on the host: the device holds nothing that grows with the layers.
+    """What is kept of a layer's gradient. It is in host memory, so that the device holds nothing that grows with the
+    number of layers.
 
-    agreement: of the sample's halves, where they were told apart (`split_half_agreement`).
+    agreement: how well the two halves of the sample agree (see `split_half_agreement`); None for a gradient that was
+               not taken in halves.
     """
 
     svd: TruncatedSVD
@@ -66,7 +68,10 @@ def decompose(gradient: LayerGradient, limit: int, config: InitConfig) -> Decomp
 def start_layers(
     decomposed: dict[str, Decomposition], experts: Mapping[str, ExpertStack], config: InitConfig
 ) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
-    """Factors of the ranks that the budget gives, if there is one; takes the decompositions out of `decomposed`."""
+    """The factors and the report of each layer, with the ranks that the budget gives if there is one.
+
+    decomposed: is emptied, so that each decomposition is freed once its layer's factors are there.
+    """
     ranks = {name: config.rank for name in decomposed}
     if config.rank_budget is not None:
         svds = {name: found.svd for name, found in decomposed.items()}

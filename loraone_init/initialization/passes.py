@@ -1,34 +1,49 @@
-"""Passes over samples: each one's losses, and what is left of all layers' gradients, shared by all processes."""
+"""A pass over a sample: forward and backward through all blocks, and each layer's start from its gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from ..choosing.growing import Drawn
+from ..adapter.records import LayerReport
 from ..config import InitConfig
-from ..data.pieces import Piece, share_of
 from ..gradients.losses import RowLosses
 from ..gradients.objective import Objective
 from ..gradients.stream import stream_gradients
+from ..layers.experts import expert_stacks
+from ..linalg.factors import LoraPair
 from ..linalg.layer_gradient import LayerGradient
 from ..monitor import Monitor
 from ..processes.processes import Processes
 from ..streaming.activations import ActivationBudget
 from ..streaming.stack import BlockStack
-from .layer_starts import Decomposition, decompose
+from .layer_starts import Decomposition, decompose, start_layers
 
 
 @dataclass(frozen=True)
-class Passes:
-    """What all passes of a run have in common.
+class PassResult:
+    """What a pass over a sample gives, the same in every process.
 
-    limits:      up to which rank each layer's gradient is decomposed.
-    activations: what each pass may keep of them.
-    by_row:      whether processes may divide a batch between them.
+    losses: the losses of each batch, before the step.
+    pairs:  the factors of each layer for γ = 1.
+    layers: what is reported of each layer.
+    """
+
+    losses: list[RowLosses]
+    pairs: dict[str, LoraPair]
+    layers: dict[str, LayerReport]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientPass:
+    """What passes over several samples have in common; `run` makes one.
+
+    limits:      the rank up to which each layer's gradient is decomposed.
+    activations: the memory for activations that each pass may keep; None keeps none.
     """
 
     stack: BlockStack
@@ -39,20 +54,26 @@ class Passes:
     activations: ActivationBudget | None
     monitor: Monitor
     processes: Processes
-    by_row: bool
 
-    def take(self, drawn: Drawn) -> tuple[list[RowLosses], dict[str, Decomposition]]:
-        """The losses of a sample's batches, and the decompositions of all layers' gradients, in every process."""
-        processes = self.processes
-        mine = share_of(drawn.parts, processes.index, processes.size, self.by_row)
-        own = [piece.batch for piece in mine]
-        budget = copy(self.activations)  # a pass uses it up
+    def run(self, batches: Sequence[Any], in_halves: bool) -> PassResult:
+        """in_halves: whether two halves of the sample are compared, for the agreement that layers report."""
         losses, gradients = stream_gradients(
-            self.stack, self.targets, self.objective, own, self.monitor, budget, processes, drawn.halves_of(mine)
+            self.stack,
+            self.targets,
+            self.objective,
+            batches,
+            self.monitor,
+            copy(self.activations),  # a pass uses it up
+            self.processes,
+            in_halves,
         )
-        parts = processes.gather(self._decompose_layers(gradients))  # each process has decomposed its own
-        decomposed = {name: found for part in parts for name, found in part.items()}
-        return drawn.losses(_join_losses(processes, mine, losses)), {name: decomposed[name] for name in self.targets}
+        found = self.processes.gather(self._decompose_layers(gradients))  # each process has decomposed its own
+        by_name = {name: decomposition for part in found for name, decomposition in part.items()}
+        decomposed = {name: by_name.pop(name) for name in self.targets}
+        del found, by_name
+        with self.monitor.timed("svd"):
+            pairs, layers = start_layers(decomposed, expert_stacks(self.targets), self.config)
+        return PassResult(losses, pairs, layers)
 
     def _decompose_layers(self, gradients: Iterator[LayerGradient]) -> dict[str, Decomposition]:
         """Takes the gradients one by one; each is dropped before the next is asked for."""
@@ -65,12 +86,3 @@ class Passes:
             with self.monitor.timed("svd"):
                 decomposed[gradient.name] = decompose(gradient, self.limits[gradient.name], self.config)
             del gradient
-
-
-def _join_losses(processes: Processes, pieces: Sequence[Piece], losses: Sequence[RowLosses]) -> list[RowLosses]:
-    """The losses of all batches, from those of the pieces that the processes took; theirs follow in that order."""
-    joined: dict[int, RowLosses] = {}
-    for part in processes.gather([(piece.index, rows) for piece, rows in zip(pieces, losses, strict=True)]):
-        for index, rows in part:
-            joined[index] = joined[index].followed_by(rows) if index in joined else rows
-    return [joined[index] for index in sorted(joined)]

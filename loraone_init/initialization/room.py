@@ -1,4 +1,4 @@
-"""How much of the memory may be used for what, beside the weights and what a micro-batch needs."""
+"""How much memory is left for block inputs and activations, beside the weights and what a micro-batch needs."""
 
 from __future__ import annotations
 
@@ -17,28 +17,36 @@ from .estimate import estimate_memory
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 0.9  # of free memory that is counted on; what is needed beside is an estimate
+_SHARE = 0.9  # of free memory that is counted on, since what a run needs is an estimate
 
 
 @dataclass(frozen=True)
-class Room:
-    """device_bytes, host_bytes: for what is kept between blocks; see `Keeper`. activations: None: none are kept."""
+class SpareMemory:
+    """Memory for what a run may keep between forward and backward.
+
+    device_bytes, host_bytes: for the inputs of blocks, on the device and in host memory (see `streaming.keeping`);
+                              None sets no limit.
+    activations:              for what blocks compute; None keeps none.
+    """
 
     device_bytes: int | None
     host_bytes: int | None
     activations: ActivationBudget | None
 
 
-def find_room(
+def find_spare_memory(
     opened: OpenModel,
     targets: Mapping[str, nn.Module],
     batches: Sequence[Any],
     max_memory: int | None,
     in_halves: bool = False,
-) -> Room:
-    """What is left of `max_memory`, or of the free memory, beside all else that a run needs on the device.
+) -> SpareMemory:
+    """What a run leaves of `max_memory`, or of the free memory, for block inputs and activations.
 
-    Block inputs come first; activations are kept only where a limit is given.
+    batches:   those that this process runs.
+    in_halves: whether gradients are taken in two halves.
+
+    Block inputs come first. Activations are kept only where `max_memory` is given.
     """
     to_come = estimate_memory(opened, targets, batches, in_halves).to_come
     free = free_memory(opened.device)
@@ -46,10 +54,10 @@ def find_room(
     host = free_memory(torch.device("cpu"))
     host_bytes = None if host is None else int(_SHARE * host)
     if max_memory is None:
-        return Room(by_what_is_free, host_bytes, None)
+        return SpareMemory(by_what_is_free, host_bytes, None)
     left = max_memory - used_memory(opened.device) - to_come
     if left < 0:
         sizes = map(describe_size, (max_memory - left, max_memory))
         logger.warning("About %s will be used, more than --max-memory %s", *sizes)
     bytes_left = [size for size in (max(0, left), by_what_is_free) if size is not None]
-    return Room(min(bytes_left), host_bytes, ActivationBudget(left))
+    return SpareMemory(min(bytes_left), host_bytes, ActivationBudget(left))

@@ -34,7 +34,7 @@ _MIN_BUDGET = 16  # iterations that must cost less than one exact SVD for iterat
 _BLOCK_ELEMENTS = 2**16  # fp64 entries in flight when the final residual is computed: they stay in the cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TruncatedSVD:
     """G ≈ U·diag(S)·Vh and what was measured about it. fp32, fp64 for fp64 input.
 
@@ -61,18 +61,16 @@ class TruncatedSVD:
             return self
         ritz = self.ritz.first(rank)
         residual = math.hypot(self.residual, float(torch.linalg.vector_norm(self.S[rank:], dtype=torch.float64)))
-        return TruncatedSVD(
-            self.U[:, :rank],
-            self.S[:rank],
-            self.Vh[:rank],
-            min(self.rank, rank),
-            self.norm,
-            1.0 - (residual / self.norm) ** 2 if self.norm else 1.0,
-            residual,
-            ritz.defined_sine(min(self.rank, rank), torch.finfo(self.S.dtype).eps),
-            self.method,
-            self.iterations,
-            ritz,
+        return replace(
+            self,
+            U=self.U[:, :rank],
+            S=self.S[:rank],
+            Vh=self.Vh[:rank],
+            rank=min(self.rank, rank),
+            captured_energy=1.0 - (residual / self.norm) ** 2 if self.norm else 1.0,
+            residual=residual,
+            sine=ritz.defined_sine(min(self.rank, rank), torch.finfo(self.S.dtype).eps),
+            ritz=ritz,
         )
 
     def on_host(self) -> TruncatedSVD:
@@ -105,7 +103,19 @@ def truncated_svd(
         if scale == 0.0:
             U, Vh = (G.new_zeros(shape).fill_diagonal_(1.0) for shape in ((len(G), rank), (rank, G.shape[1])))
             zeros = RitzValues([0.0] * (rank + 1), [0.0] * (rank + 1), 0.0)
-            return TruncatedSVD(U, G.new_zeros(rank), Vh, 0, 0.0, 1.0, 0.0, None, "exact", 0, zeros)
+            return TruncatedSVD(
+                U=U,
+                S=G.new_zeros(rank),
+                Vh=Vh,
+                rank=0,
+                norm=0.0,
+                captured_energy=1.0,
+                residual=0.0,
+                sine=None,
+                method="exact",
+                iterations=0,
+                ritz=zeros,
+            )
         norm = float(torch.linalg.vector_norm(G, dtype=torch.float64))
         q = rank + oversample
         triplets, iterations = None, 0
@@ -244,10 +254,19 @@ def _result(G: Tensor, t: _Triplets, norm: float, scale: float, method: Method, 
     rank = sum(s > _ZERO * eps * norm for s in t.s[: t.r])
     S = torch.tensor(t.s[: t.r], dtype=G.dtype, device=G.device)
     residual = _residual(G, U, S, Vh)
-    energy = 1.0 - (residual / norm) ** 2
-    sine = t.defined_sine(rank, eps)
-    ritz = t.first(t.r)
-    return TruncatedSVD(U, S * scale, Vh, rank, norm * scale, energy, residual * scale, sine, method, iterations, ritz)
+    return TruncatedSVD(
+        U=U,
+        S=S * scale,
+        Vh=Vh,
+        rank=rank,
+        norm=norm * scale,
+        captured_energy=1.0 - (residual / norm) ** 2,
+        residual=residual * scale,
+        sine=t.defined_sine(rank, eps),
+        method=method,
+        iterations=iterations,
+        ritz=t.first(t.r),
+    )
 
 
 def _residual(G: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> float:

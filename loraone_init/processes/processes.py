@@ -1,7 +1,8 @@
-"""The processes of one run: what each of them works on, and what they tell each other. One process is the usual case.
+"""The processes of one run, and what they tell each other. One process is the usual case.
 
-With torchrun, each process opens the model itself and takes some of the rows through all blocks. Only gradients
-travel: each layer's is summed over the processes into the one that computes its SVD.
+With torchrun, each process opens the model itself and takes its share of the rows (`data.pieces.shares_of`) through all
+blocks. Only gradients and losses travel: the gradient of each layer is summed over the processes into the one that
+computes its SVD.
 """
 
 from __future__ import annotations
@@ -19,40 +20,48 @@ T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """The processes of a run, as one of them sees them. All have to make the same calls in the same order."""
+    """The processes of a run, as one of them sees them. All of them have to make the same calls in the same order."""
 
     @property
     def index(self) -> int:
-        """The number of this process; 0 prints and writes."""
+        """The number of this process, from 0 on. Process 0 prints and writes."""
         ...
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The number of processes."""
+        ...
 
     @property
     def device(self) -> str:
-        """The value of --device for this process."""
+        """The device that this process computes on, as --device takes it."""
         ...
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, in the order of the processes, in every one."""
+        """The values that all processes give, in the order of the processes. Every process gets all of them."""
         ...
 
     def share(self, gradients: Iterable[LayerGradient]) -> Iterator[LayerGradient]:
-        """Sum the gradients of a block over the processes; those that this process is to decompose."""
+        """The gradients that this process is to decompose, each summed over all processes.
+
+        gradients: what this process's rows add to the gradients of some layers, of one block as a rule. Each layer is
+                   dealt out to one of the processes.
+        """
         ...
 
     def first(self) -> AbstractContextManager[None]:
-        """One process of each node goes through the context before the others enter: they find what it fetched."""
+        """A context that one process of each node passes before the others enter it, so that they find what the first
+        has fetched.
+        """
         ...
 
     def finish(self) -> None:
-        """All have done their part; what follows is the matter of one process."""
+        """Wait until all processes have done their part. What follows is the matter of one process."""
         ...
 
 
 class Alone:
-    """One process: nothing to share or to tell."""
+    """A run of one process, which has nobody to share with or to tell."""
 
     index, size = 0, 1
 
@@ -69,14 +78,14 @@ class Alone:
         return nullcontext()
 
     def finish(self) -> None:
-        """Nobody waits."""
+        """There is nobody to wait for."""
 
 
 @contextmanager
 def joined(device: str, verbose: bool) -> Iterator[Processes]:
-    """The processes of this run: those that torchrun started with this process, if any.
+    """The processes of this run: those that torchrun has started together with this one, or this one alone.
 
-    Without it, nothing of torch.distributed is touched. device, verbose: the values of these options.
+    Without torchrun, nothing of torch.distributed is imported. device, verbose: the values of these options.
     """
     if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Alone(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches
+from loraone_init.choosing.growing import grow
 from loraone_init.choosing.sample_size import Growth
 from loraone_init.cli.inspect import main as inspect
 from loraone_init.errors import DataError
@@ -67,6 +69,38 @@ def same_adapter(found: Adapter, wanted: Adapter) -> None:
 def sizes(adapter: Adapter) -> list[int]:
     assert adapter.growth is not None
     return [stage.samples for stage in adapter.growth.stages]
+
+
+@dataclass(frozen=True)
+class Layer:
+    agreement: tuple[float, float] | None
+    captured_energy: float = 0.9
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a pass would give; `layers` is all that the growth looks at."""
+
+    batches: list[int]
+    layers: dict[str, Layer]
+
+
+@pytest.mark.parametrize(("agreements", "wanted"), [([0.5, 0.5, 0.8], 8), ([0.5, 0.5, 0.5, 0.5], 11), ([0.8, 0.8], 4)])
+def test_each_size_is_taken_until_the_sample_has_settled(agreements: list[float], wanted: int) -> None:
+    """Sizes are 2, 4, 8 and all 11; halves have to agree to 0.7."""
+    taken: list[Taken] = []
+
+    def take(batches: list[int]) -> Taken:
+        agreement = agreements[len(taken)]
+        taken.append(Taken(batches, {"layer": Layer((agreement, 1.0))}))
+        return taken[-1]
+
+    sample, result, report = grow(list(range(11)), Growth(0.3, start=2), take)
+    assert [each.batches for each in taken] == [list(range(size)) for size in (2, 4, 8, 11)[: len(agreements)]]
+    assert sample == list(range(wanted))
+    assert result is taken[-1]
+    assert [stage.agreement_median for stage in report.stages] == agreements
+    assert (report.settled, report.available, report.tolerance) == (wanted != 11, 11, 0.3)
 
 
 def test_one_repeated_row_settles_at_once() -> None:

@@ -85,14 +85,20 @@ def test_a_row_that_does_not_fit() -> None:
         run(LittleMemory(model, 0), make_batches((12,), rows=4))
 
 
-def test_batches_that_cannot_be_halved() -> None:
-    """What a loss of one's own takes may not be a sum over rows."""
+@pytest.mark.parametrize("as_mapping", [False, True], ids=["a tuple", "a mapping of rows"])
+def test_batches_of_a_custom_loss_are_not_halved(as_mapping: bool) -> None:
+    """A custom loss may not be a sum over rows: this one compares each row with the others."""
     model = make_model("llama").requires_grad_(False)
     ids = torch.randint(3, 97, (4, 8))
-    objective = WholeModel(model, lambda model, batch: (model(input_ids=batch[0]).logits.sum(), 1))
-    stack = LittleMemory(model, 2)
+
+    def contrast(model, batch):
+        logits = model(input_ids=batch["input_ids"] if as_mapping else batch[0]).logits.flatten(1)
+        return (logits - logits.mean(0)).square().sum(), 1
+
+    targets = select_targets(model, "all-linear")
+    batches = [{"input_ids": ids} if as_mapping else (ids,)]
     with pytest.raises(ResourceError, match=r"a batch does not fit, and cannot be halved.*; give smaller ones"):
-        stream_gradients(stack, select_targets(model, "all-linear"), objective, [(ids,)])
+        stream_gradients(LittleMemory(model, 2), targets, WholeModel(model, contrast), batches)
 
 
 def test_weights_that_do_not_fit() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from loraone_init.errors import AdapterError
 from loraone_init.inspection.comparison import compare_adapters
 from loraone_init.inspection.facts import by_depth, by_kind, delta_spectrum, find_anomalies, layer_facts
 from loraone_init.inspection.layer_names import Place, place_of, short_kinds
-from loraone_init.linalg.subspaces import principal_angles
 
 ANGLE = 1e-5  # degrees, in fp64 from fp32 factors
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -100,35 +98,6 @@ def test_gravest_come_first(adapter: Adapter) -> None:
     odd = with_report(odd, "model.layers.2.mlp.up_proj", init="standard", rank=0)
     layers = [anomaly.layer for anomaly in find_anomalies(layer_facts(odd))]
     assert layers.index("model.layers.2.mlp.up_proj") < layers.index(Q_PROJ)
-
-
-def test_angles_by_hand() -> None:
-    """Planes in R³ that share a line and are at 30° otherwise."""
-    tilt = math.radians(30)
-    X = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    Y = torch.tensor([[1.0, 0.0], [0.0, math.cos(tilt)], [0.0, math.sin(tilt)]], dtype=torch.float64)
-    assert principal_angles(X, Y) == pytest.approx((0.0, 30.0), abs=1e-12)
-
-
-@pytest.mark.parametrize("angle", [1e-9, 1e-3, 44.0, 46.0, 89.999])
-def test_small_and_large_angles_keep_their_digits(angle: float) -> None:
-    tilt = math.radians(angle)
-    X = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    Y = torch.tensor([[math.cos(tilt)], [math.sin(tilt)]], dtype=torch.float64)
-    assert principal_angles(X, Y)[0] == pytest.approx(angle, rel=1e-6)
-
-
-def test_angles_do_not_depend_on_the_basis() -> None:
-    X, Y = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 6, dtype=torch.float64)
-    mixed = principal_angles(X @ torch.randn(4, 4, dtype=torch.float64), Y)
-    assert mixed == pytest.approx(principal_angles(X, Y), abs=1e-9)
-    assert mixed == pytest.approx(principal_angles(Y, X), abs=1e-9)
-
-
-def test_zero_columns_span_nothing() -> None:
-    X = torch.eye(5, dtype=torch.float64)[:, :2]
-    Y = X * torch.tensor([1.0, 0.0])
-    assert principal_angles(X, Y) == pytest.approx((0.0, 90.0), abs=1e-12)
 
 
 def test_an_adapter_agrees_with_itself(adapter: Adapter) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.causal import make_batches
 from support.commands import Command, content
 from support.rank_processes import (
     Ended,
@@ -23,8 +22,6 @@ from support.rank_processes import (
 )
 
 from loraone_init import Adapter
-from loraone_init.data.pieces import Piece, share_of
-from loraone_init.gradients.losses import RowLosses
 from loraone_init.linalg.layer_gradient import LayerGradient
 from loraone_init.processes.distributed import Group
 from loraone_init.processes.processes import Alone
@@ -154,50 +151,6 @@ def test_layers_are_dealt_out_evenly(size: int, monkeypatch: pytest.MonkeyPatch)
     assert sorted(names) == sorted(f"{index}.{name}" for index in range(8) for name in block)
     work = [sum(gradient.G.numel() for gradient in mine) for mine in owned]
     assert max(work) - min(work) <= 20 * 8
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 50])
-def test_every_row_belongs_to_one_rank(size: int) -> None:
-    batches = make_batches((9, 12, 7, 30), rows=5)
-    pieces = [piece for rank in range(size) for piece in share_of(batches, rank, size, by_row=True)]
-    for index, batch in enumerate(batches):
-        mine = [piece.batch for piece in pieces if piece.index == index]
-        for key, value in batch.items():
-            assert torch.equal(torch.cat([part[key] for part in mine]), value)
-    assert [piece.index for piece in pieces] == sorted(piece.index for piece in pieces)
-
-
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_ranks_differ_by_one_row_at_most(size: int) -> None:
-    batches = make_batches((9, 12, 7, 30, 31, 32), rows=8)
-    shares = [share_of(batches, rank, size, by_row=True) for rank in range(size)]
-    tokens = [sum(piece.batch["input_ids"].numel() for piece in share) for share in shares]
-    assert max(tokens) <= sum(tokens) / size + 32
-
-
-def test_one_process_takes_the_batches_as_they_are() -> None:
-    batches = make_batches()
-    assert [piece.batch for piece in share_of(batches, 0, 1, by_row=True)] == batches
-
-
-def test_opaque_batches_are_not_divided() -> None:
-    batches = [("any", "thing")] * 3
-    assert share_of(batches, 0, 2, by_row=True) == [Piece(0, batches[0])]
-    assert share_of(batches, 1, 2, by_row=True) == [Piece(1, batches[1]), Piece(2, batches[2])]
-    whole = make_batches(rows=4)
-    shares = [share_of(whole, rank, 2, by_row=False) for rank in range(2)]
-    assert [piece.batch for share in shares for piece in share] == whole
-
-
-def test_batch_with_a_tensor_that_is_not_by_row_is_not_divided() -> None:
-    batches = [{**make_batches((9,), rows=4)[0], "position_ids": torch.arange(9)[None]}]
-    shares = [share_of(batches, rank, 2, by_row=True) for rank in range(2)]
-    assert sorted(len(share) for share in shares) == [0, 1]
-
-
-def test_losses_of_a_divided_batch_join_in_order() -> None:
-    first, second = (RowLosses(torch.tensor([x]), torch.tensor([1.0])) for x in (3.0, 4.0))
-    assert first.followed_by(second).sums.tolist() == [3.0, 4.0]
 
 
 def test_alone_gathers_its_own() -> None:

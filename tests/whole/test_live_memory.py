@@ -114,7 +114,8 @@ def measure(
     in_halves: bool = False,
 ) -> tuple[int, int]:
     """Peaks of the live bytes that the keeper does not know, and of those that it does."""
-    batches = make_batches((TOKENS,) * (rows // ROWS_AT_ONCE), rows=ROWS_AT_ONCE)
+    rows_of_batch = 2 * ROWS_AT_ONCE if in_halves else ROWS_AT_ONCE
+    batches = make_batches((TOKENS,) * (rows // rows_of_batch), rows=rows_of_batch)
     opened = open_model(str(path), placement="disk")
     targets = select_targets(opened.module, "all-linear")
     objective = Watched(opened.module, CPU)
@@ -124,8 +125,8 @@ def measure(
         live.ignore([tensor for batch in batches for tensor in batch.values()])
         gc.collect()
         with Watch(live):
-            halves = [2 * index // len(batches) for index in range(len(batches))] if in_halves else None
-            _, gradients = stream_gradients(stack, targets, objective, batches, budget=budget, halves=halves)
+            losses, gradients = stream_gradients(stack, targets, objective, batches, budget=budget, in_halves=in_halves)
+            live.ignore([tensor for batch in losses for tensor in (batch.sums, batch.counts)])
             while next(gradients, None) is not None:
                 pass
         return live.peak, sum(keeper.most.values())
