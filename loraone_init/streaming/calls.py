@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError
 from .activations import ActivationBudget, HeldBytes
 from .boundary import Gradients, edge_of, is_floating, leaf, requires_grad
+from .changes import changed_after
 from .keeping import Kept
 from .stack import BlockRequest, BlockStack
 
@@ -26,6 +27,7 @@ class BlockCall:
     edges:     (index of an input, place in the glue graph) where a gradient has to go further back.
     gradients: of the floating outputs, as the glue hands them in.
     graph:     (leaf inputs, what the block returned with its graph), if that is kept; else it is computed again.
+    versions:  of the inputs, by which changes in place are noticed.
     """
 
     block: int
@@ -33,6 +35,7 @@ class BlockCall:
     spec: pytree.TreeSpec
     edges: list[tuple[int, GradientEdge]]
     gradients: Gradients
+    versions: list[int | None]
     graph: tuple[list[Any], Any] | None = None
 
 
@@ -74,7 +77,7 @@ def forward_block(
     edges = [(index, edge_of(value)) for index, value in enumerate(inputs) if requires_grad(value)]
     gradients = Gradients(stack.keeper, sum(map(is_floating, pytree.tree_leaves(outputs))))
     held = None if graph is None else (leaves, graph)
-    trace.calls.append(BlockCall(request.block, kept, spec, edges, gradients, held))
+    trace.calls.append(BlockCall(request.block, kept, spec, edges, gradients, versions, held))
     return outputs, gradients
 
 
@@ -87,7 +90,7 @@ def _with_graph(
     """
     held = HeldBytes()
     try:
-        with torch.enable_grad(), held.counted(stack.module(block)):
+        with torch.enable_grad(), held.counted(stack.module(block), stack.names[block]):
             outputs = stack.run(block, args, kwargs)
     except RuntimeError as error:
         if "in-place operation" in str(error):
@@ -102,6 +105,7 @@ def _changes_inputs(block: str) -> ModelError:
 
 
 def backward_block(stack: BlockStack, call: BlockCall) -> None:
+    _check_unchanged(stack, call)
     leaves, outputs = call.graph or _compute_again(stack, call)
     call.graph = None
     tensors = [value for value in pytree.tree_leaves(outputs) if is_floating(value)]
@@ -113,6 +117,16 @@ def backward_block(stack: BlockStack, call: BlockCall) -> None:
         if leaves[index].grad is not None:
             # Retained: blocks that share a source pass through the same glue, one after the other.
             torch.autograd.backward(edge, leaves[index].grad, retain_graph=True)
+
+
+def _check_unchanged(stack: BlockStack, call: BlockCall) -> None:
+    """The glue may have gone on to work in place on what the block was given."""
+    if call.graph is None:
+        changed = any(value.is_changed for value in call.inputs if isinstance(value, Kept))
+    else:
+        changed = call.versions != [_version(tensor) for tensor in call.graph[0]]
+    if changed:
+        raise changed_after("an input", stack.names[call.block])
 
 
 def _compute_again(stack: BlockStack, call: BlockCall) -> tuple[list[Any], Any]:
