@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax
 
 from ..data.batches import IGNORED
 from ..errors import DataError
-from ..layers.patching import replaced_forward
+from ..layers.patching import only_last_states, replaced_forward
 from .losses import RowLosses
 from .objective import Batch, check_tokens, text_config
 
@@ -51,10 +51,10 @@ class CausalLM:
     @contextmanager
     def active(self) -> Iterator[None]:
         """While active, the model's forward ends where the decoder returns."""
-        if self._decoder is None:
-            yield
-            return
-        with replaced_forward(self._decoder, self._leave_with_output):
+        with ExitStack() as stack:
+            stack.enter_context(only_last_states(self._model))
+            if self._decoder is not None:
+                stack.enter_context(replaced_forward(self._decoder, self._leave_with_output))
             yield
 
     def forward(self, batch: Batch) -> Any:

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from ..data.labels import Labels, Problem
 from ..errors import DataError, ModelError
-from ..layers.patching import without_cache
+from ..layers.patching import only_last_states
 from .losses import RowLosses
 from .objective import Batch, check_tokens
 
@@ -38,7 +38,7 @@ class SequenceClassification:
             raise ModelError("the model names no padding token; set config.pad_token_id, or use batches of one row")
 
     def active(self) -> AbstractContextManager[None]:
-        return without_cache(self._model)
+        return only_last_states(self._model)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (rows, outputs)."""

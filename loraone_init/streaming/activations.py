@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .changes import changed_after
+
 
 class ActivationBudget:
     """Decides which calls of blocks keep their graph, by the bytes that graphs hold.
@@ -46,29 +48,33 @@ class ActivationBudget:
 class HeldBytes:
     """Counts what the graph made inside of `counted` holds: all that backward needs, but for the block's weights.
 
-    Of those it holds only where to find them, so that a store may drop them in between.
+    Of those it holds only where to find them, so that a store may drop them in between. A tensor that was changed in
+    place before the backward is a ModelError: autograd itself does not compare versions where such hooks are.
     """
 
     def __init__(self) -> None:
         self.total = 0
 
     @contextmanager
-    def counted(self, block: nn.Module) -> Iterator[None]:
-        """Around the forward of `block`."""
-        weights = {_place(tensor): name for name, tensor in block.named_parameters()}
+    def counted(self, module: nn.Module, name: str) -> Iterator[None]:
+        """Around the forward of a block, given by its module and name."""
+        weights = {_place(tensor): path for path, tensor in module.named_parameters()}
         held: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> Any:
             if _place(tensor) in weights:
                 return weights[_place(tensor)], tensor.shape, tensor.stride(), tensor.storage_offset()
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+            return tensor, tensor._version
 
         def unpack(packed: Any) -> torch.Tensor:
-            if isinstance(packed, torch.Tensor):
-                return packed
-            name, *view = packed
-            return block.get_parameter(name).as_strided(*view)
+            first, *rest = packed
+            if isinstance(first, str):
+                return module.get_parameter(first).as_strided(*rest)
+            assert isinstance(first, torch.Tensor)
+            if [first._version] != rest:
+                raise changed_after("a tensor", name)
+            return first
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ModelError
 from .activations import ActivationBudget, HeldBytes
 from .boundary import Gradients, edge_of, is_floating, leaf, requires_grad
+from .changes import Objects, changed_after, check_no_gradient_passes
 from .keeping import Kept
 from .stack import BlockRequest, BlockStack
 
@@ -26,6 +28,9 @@ class BlockCall:
     edges:     (index of an input, place in the glue graph) where a gradient has to go further back.
     gradients: of the floating outputs, as the glue hands them in.
     graph:     (leaf inputs, what the block returned with its graph), if that is kept; else it is computed again.
+    versions:  of the inputs, by which changes in place are noticed.
+    objects:   what is in those of the inputs that are neither tensors nor known containers.
+    context:   the context variables that the model had set.
     """
 
     block: int
@@ -33,6 +38,9 @@ class BlockCall:
     spec: pytree.TreeSpec
     edges: list[tuple[int, GradientEdge]]
     gradients: Gradients
+    versions: list[int | None]
+    objects: Objects
+    context: Context
     graph: tuple[list[Any], Any] | None = None
 
 
@@ -60,41 +68,41 @@ def forward_block(
     versions = [_version(tensor) for tensor in inputs]
     graph = None
     if needs_grad and budget is not None and budget.allows(input_bytes(request)):
-        outputs, graph = _with_graph(stack, request.block, args, kwargs, budget, input_bytes(request))
+        outputs, graph = _with_graph(stack, request, args, kwargs, budget)
     else:
         with torch.no_grad():
-            outputs = stack.run(request.block, args, kwargs)
+            outputs = request.context.run(stack.run, request.block, args, kwargs)
     if versions != [_version(tensor) for tensor in inputs]:
         raise _changes_inputs(stack.names[request.block])
     outputs = pytree.tree_map(partial(leaf, with_grad=False), outputs)
     if not needs_grad:
         return outputs, None
+    objects = Objects(inputs)
+    check_no_gradient_passes(stack.names[request.block], objects, Objects(pytree.tree_leaves(outputs)))
     keep = stack.keeper.put
     kept = [keep(value) if isinstance(value, torch.Tensor) else value for value in inputs] if graph is None else []
     edges = [(index, edge_of(value)) for index, value in enumerate(inputs) if requires_grad(value)]
     gradients = Gradients(stack.keeper, sum(map(is_floating, pytree.tree_leaves(outputs))))
     held = None if graph is None else (leaves, graph)
-    trace.calls.append(BlockCall(request.block, kept, spec, edges, gradients, held))
+    call = BlockCall(request.block, kept, spec, edges, gradients, versions, objects, request.context, held)
+    trace.calls.append(call)
     return outputs, gradients
 
 
 def _with_graph(
-    stack: BlockStack, block: int, args: tuple[Any, ...], kwargs: dict[str, Any], budget: ActivationBudget, size: int
+    stack: BlockStack, request: BlockRequest, args: tuple[Any, ...], kwargs: dict[str, Any], budget: ActivationBudget
 ) -> tuple[Any, Any]:
-    """What the block returns, twice: plain, and with its graph, or None if that turns out not to fit.
-
-    size: of the block's input, in bytes.
-    """
-    held = HeldBytes()
+    """What the block returns, twice: plain, and with its graph, or None if that turns out not to fit."""
+    block, held = request.block, HeldBytes()
     try:
-        with torch.enable_grad(), held.counted(stack.module(block)):
-            outputs = stack.run(block, args, kwargs)
+        with torch.enable_grad(), held.counted(stack.module(block), stack.names[block]):
+            outputs = request.context.run(stack.run, block, args, kwargs)
     except RuntimeError as error:
         if "in-place operation" in str(error):
             raise _changes_inputs(stack.names[block]) from error
         raise
     plain = pytree.tree_map(partial(leaf, with_grad=False), outputs)
-    return plain, outputs if budget.take(held.total, size) else None
+    return plain, outputs if budget.take(held.total, input_bytes(request)) else None
 
 
 def _changes_inputs(block: str) -> ModelError:
@@ -102,6 +110,7 @@ def _changes_inputs(block: str) -> ModelError:
 
 
 def backward_block(stack: BlockStack, call: BlockCall) -> None:
+    _check_unchanged(stack, call)
     leaves, outputs = call.graph or _compute_again(stack, call)
     call.graph = None
     tensors = [value for value in pytree.tree_leaves(outputs) if is_floating(value)]
@@ -115,6 +124,18 @@ def backward_block(stack: BlockStack, call: BlockCall) -> None:
             torch.autograd.backward(edge, leaves[index].grad, retain_graph=True)
 
 
+def _check_unchanged(stack: BlockStack, call: BlockCall) -> None:
+    """The glue may have gone on to work in place on what the block was given."""
+    if call.graph is None:
+        changed = any(value.is_changed for value in call.inputs if isinstance(value, Kept))
+    else:
+        changed = call.versions != [_version(tensor) for tensor in call.graph[0]]
+    if path := call.objects.change():
+        raise changed_after(path, stack.names[call.block])
+    if changed:
+        raise changed_after("an input", stack.names[call.block])
+
+
 def _compute_again(stack: BlockStack, call: BlockCall) -> tuple[list[Any], Any]:
     """The inputs as leaves, which are kept no longer than they are needed, and the outputs with their graph."""
     inputs, call.inputs = call.inputs, []
@@ -126,7 +147,7 @@ def _compute_again(stack: BlockStack, call: BlockCall) -> tuple[list[Any], Any]:
     del inputs
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
     with torch.enable_grad():
-        return leaves, stack.run(call.block, args, kwargs)
+        return leaves, call.context.run(stack.run, call.block, args, kwargs)
 
 
 def input_bytes(request: BlockRequest) -> int:

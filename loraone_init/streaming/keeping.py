@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..errors import ModelError
 from .scratch import ScratchFile
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,22 @@ class Kept:
         self._content = content
         self._device, self._dtype = like.device, like.dtype
         self._shape, self._stride = like.shape, like.stride()
+        self._version = like._version
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody has changed the tensor in place; one that was moved off the device is a copy of our own."""
+        return self.tier == "device" and self._content._version != self._version
 
     def get(self) -> torch.Tensor:
-        """The tensor on its device, detached. Where it was moved off, this is a fresh copy; else it is the one put."""
+        """The tensor on its device, detached. Where it was moved off, this is a fresh copy; else it is the one put.
+
+        Raises ModelError where that has been changed since.
+        """
+        if self.is_changed:
+            raise ModelError(
+                "a tensor that passes between blocks is changed in place while it waits; have the model make a new one"
+            )
         if self.tier == "device":
             assert isinstance(self._content, torch.Tensor)
             return self._content
@@ -77,7 +91,7 @@ class Keeper:
         self.most: Counter[Tier] = Counter()
 
     def put(self, tensor: torch.Tensor) -> Kept:
-        """Keep a tensor; its later changes may or may not show in what comes back, so that it must not be changed.
+        """Keep a tensor, which must not be changed in place: where it stays on the device, that is noticed.
 
         A tensor object that is here already, and unchanged, is kept once.
         """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..layers.patching import replaced_forward
 from ..machine import describe_size
 from ..models.opening import OpenModel
 from ..weights.base import WeightStore
+from .changes import nothing_left_behind
 from .coroutines import pause
 from .keeping import Keeper
 from .mappings import Written, as_dicts, run_with_mappings, write_back
@@ -27,6 +29,7 @@ class BlockRequest:
     block: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    context: Context = field(default_factory=copy_context)  # the model's own, which its hooks may read
 
 
 class BlockStack:
@@ -82,11 +85,15 @@ class BlockStack:
         return self._modules[block]
 
     def run(self, block: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Written]:
-        """The block's own forward: what it returns, and what it writes into mappings that it is given."""
-        return run_with_mappings(self._forwards[block], args, kwargs)
+        """The block's own forward: what it returns, and what it writes into dicts and lists that it is given.
+
+        Raises ModelError where it changes anything else.
+        """
+        with nothing_left_behind(self.names[block], self._modules[block], args, kwargs):
+            return run_with_mappings(self._forwards[block], args, kwargs)
 
 
 def _request_block(block: int, *args: Any, **kwargs: Any) -> Any:
-    outputs, written = pause(BlockRequest(block, args, as_dicts(kwargs)))
-    write_back(kwargs, written)
+    outputs, written = pause(BlockRequest(block, *as_dicts(args, kwargs)))
+    write_back(args, kwargs, written)
     return outputs

@@ -75,7 +75,7 @@ def test_weights_on_disk_are_not_held_by_graphs(tmp_path):
 def test_weights_do_not_count():
     block, held = nn.Linear(300, 200).requires_grad_(False), HeldBytes()
     x = torch.randn(4, 300, requires_grad=True)
-    with held.counted(block):
+    with held.counted(block, "block"):
         y = block(x).relu()
     assert held.total == 4 * 200 * 4  # what relu keeps
     y.sum().backward()
