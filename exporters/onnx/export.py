@@ -139,9 +139,16 @@ def open_model(directory: Path, base: BaseModel) -> PreTrainedModel:
     """In fp32, with attention written out, which every architecture has, with all its peculiarities."""
     import transformers
 
-    model: PreTrainedModel = getattr(transformers, base.auto_class).from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=base.trust_remote_code
+    model: PreTrainedModel
+    model, loading = getattr(transformers, base.auto_class).from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=base.trust_remote_code,
+        output_loading_info=True,
     )
+    if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        raise ExportError(f"{base.source.name} lacks {len(missing)} tensors of {base.auto_class}, such as {missing[0]}")
     return model.eval().requires_grad_(False)
 
 
