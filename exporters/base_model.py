@@ -152,8 +152,8 @@ def _check_whole(base: BaseModel, lora: LoraWeights) -> None:
         raise ModelError(f"whether {base.source.name} is whole cannot be told: {error}") from error
     if missing := missing_tensors(base.module, names | lora.replacements.keys()):
         raise ModelError(
+            f"the checkpoint of {base.source.name} lacks {len(missing)} tensors of {type(base.module).__name__}, such"
             f" as {missing[0]}, and the adapter does not hold them; does config.json belong to these weights?"
-            f" {missing[0]}, and the adapter does not hold them; does config.json belong to these weights?"
         )
     for name, stored in base.tensor_names.items():
         if name not in lora.replacements and base.checkpoint.shape(stored) != state[name].shape:
