@@ -17,10 +17,9 @@ from loraone_init.errors import AdapterError
 from loraone_init.layers.patterns import find_value
 from loraone_init.linalg.factors import LoraPair
 
-_UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "layer_replication": "replication",
-}
+from .peft_fields import check_fields
+
+_FROZEN = ".base_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class LoraWeights:
     pairs:        factors by module, A (r, in), B (out, r), in the file's dtype.
     scales:       s of every module; the adapted weight is W + s·B·A.
     replacements: trained tensors that take the place of the base's, by the model's name for them (`modules_to_save`).
+    frozen:       tensors of the base that PEFT saves along with the factors of an embedding, by the model's names.
     peft_config:  the content of adapter_config.json.
     experts:      factors of fused experts, by the parameter's name; among `pairs` until `separate_experts` finds them.
     record:       what loraone-init noted of the adapter ("loraone" in docs/format.md); None for another tool's.
@@ -65,6 +65,7 @@ class LoraWeights:
     scales: Mapping[str, float]
     peft_config: Mapping[str, Any]
     replacements: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
     experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
     record: Mapping[str, Any] | None = None
 
@@ -82,6 +83,11 @@ class LoraWeights:
         """The fingerprint of the base that the adapter was made from, where that is known."""
         return None if self.record is None else self.record["base"].get("fingerprint")
 
+    @property
+    def labels(self) -> list[str] | None:
+        """What the outputs of a classifier's head stand for, where our record says it."""
+        return None if self.record is None else self.record["sample"].get("labels")
+
     def delta(self, module: str) -> torch.Tensor:
         """s·B·A (out, in) in fp32."""
         pair = self.pairs[module]
@@ -97,11 +103,13 @@ def read_lora(path: Path) -> LoraWeights:
     metadata, tensors = read_tensors(file)
     try:
         config, record = _read_config(path, metadata)
-        pairs, replacements = _sort_tensors(tensors)
+        pairs, replacements, frozen = _sort_tensors(tensors)
+        _check_ranks(pairs, config)
+        _check_recorded(pairs, record)
         scales = {module: scale_of(name_in_peft(module, config), len(p.A), config) for module, p in pairs.items()}
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
-    return LoraWeights(path, pairs, scales, config, replacements, record=record)
+    return LoraWeights(path, pairs, scales, config, replacements, frozen, record=record)
 
 
 def _weights_file(path: Path) -> Path:
@@ -124,9 +132,7 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"it is no LoRA adapter but {kind}")
-    for key, what in _UNSUPPORTED.items():
-        if config.get(key):
-            raise AdapterError(f"it uses {what} ({key}), which cannot be exported; merge it with PEFT")
+    check_fields(config)
     return config, record
 
 
@@ -139,10 +145,31 @@ def _read_record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return record
 
 
-def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair], dict[str, torch.Tensor]]:
-    """Factors by module; everything else, which replaces the base's tensors, by name."""
+def _check_ranks(pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> None:
+    """The rank that PEFT would give a layer. Factors of experts are stacked; those are checked with the model."""
+    if config.get("target_parameters"):
+        return
+    for module, pair in pairs.items():
+        rank = find_value(config.get("rank_pattern"), module, config["r"])
+        if len(pair.A) != rank:
+            raise AdapterError(f"layer {module} has rank {len(pair.A)}, its configuration says {rank}")
+
+
+def _check_recorded(pairs: Mapping[str, LoraPair], record: Mapping[str, Any] | None) -> None:
+    """Factors of experts are in the record by expert, in the file by parameter: these are checked with the model."""
+    if record is None or record["experts"]:
+        return
+    for module in record["layers"]:
+        if module not in pairs:
+            raise AdapterError(f"its record names layer {module}, but it has no factors of it; is the file complete?")
+
+
+def _sort_tensors(
+    tensors: dict[str, torch.Tensor],
+) -> tuple[dict[str, LoraPair], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Factors by module; by name, what replaces the base's tensors, and what is the base's own."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
-    replacements = {}
+    replacements, frozen = {}, {}
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(PREFIX)
         if (found := split_name(full_name)) is not None:
@@ -150,7 +177,11 @@ def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair]
             sides.setdefault(module, {})[factor] = tensor
         elif ".lora_" in name:
             raise AdapterError(f"tensor {full_name} is no factor of a linear layer; merge the adapter with PEFT")
-        elif ".base_layer." not in name:  # PEFT saves an adapted embedding's frozen weight along: it is the base's
+        elif name.endswith(_FROZEN):  # PEFT saves an adapted embedding's frozen weight along
+            frozen[f"{name.removesuffix(_FROZEN)}.weight"] = tensor
+        elif ".base_layer." in name:
+            raise AdapterError(f"tensor {full_name} changes the base; merge the adapter with PEFT")
+        else:
             replacements[name] = tensor
     for module, factors in sides.items():
         if len(factors) < 2:
@@ -163,7 +194,7 @@ def _sort_tensors(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, LoraPair]
     if not sides:
         raise AdapterError("it holds no LoRA factors")
     pairs = {module: LoraPair(*(factors[name] for name in FACTORS)) for module, factors in sides.items()}
-    return pairs, replacements
+    return pairs, replacements, frozen
 
 
 def name_in_peft(module: str, config: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +15,14 @@ from typing import Any, Literal
 import torch
 
 from loraone_init.atomic import atomic_directory
-from loraone_init.errors import ExportError, NumericalError
+from loraone_init.errors import ExportError, NumericalError, OutputError
 from loraone_init.layers.targets import is_conv1d
 from loraone_init.safetensors_files import TensorSpec, write_streamed
 from loraone_init.transformers_private import as_stored, tied_parameters
 from loraone_init.weights.checkpoint import INDEX
 
 from .base_model import BaseModel
+from .companions import COMPANIONS, copy_companions
 from .lora_weights import ExpertWeights, LoraWeights
 
 logger = logging.getLogger(__name__)
@@ -30,19 +30,21 @@ logger = logging.getLogger(__name__)
 DType = Literal["auto", "fp32", "fp16", "bf16"]
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-KEPT = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
-"""What belongs to a model beside its weights: configurations, tokenizer, chat template."""
+_READ_AS_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
+"""What a reader of a model's directory may take for its weights, or for an adapter to put on top."""
 
 
 def export_merged(base: BaseModel, lora: LoraWeights, output: Path, dtype: DType = "auto") -> dict[str, Any]:
     """Write the merged model into the directory `output`, whole or not at all. Facts of it, for a report.
 
     dtype: of the floating tensors; "auto" leaves each as the checkpoint has it. Sums are made in fp32.
-    Raises ExportError where a layer cannot be merged, NumericalError, with its name, where a sum is not finite.
+    Raises ExportError where a layer cannot be merged, NumericalError, with its name, where a sum is not finite, and
+    OutputError where `output` holds other weights that would be read together with these.
     """
+    _check_other_weights(base, output)
     with atomic_directory(output) as directory:
         write_merged(base, lora, directory, dtype)
-        num_bytes = sum(file.stat().st_size for file in directory.iterdir())
+        num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     return {"layers": len(lora.pairs) + len(lora.experts), "bytes": num_bytes}
 
 
@@ -55,12 +57,26 @@ def write_merged(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DTy
     for number, (shard, names) in enumerate(checkpoint.shards.items()):
         added = sum_of.additions if number == 0 else {}
         specs = {name: sum_of.spec(name) for name in names} | {name: sum_of.spec(name) for name in added}
-        total += write_streamed(directory / shard.name, specs, sum_of)
-        weight_map.update(dict.fromkeys(specs, shard.name))
+        place = shard.relative_to(base.source.directory)  # shards of one name may lie in several folders
+        (directory / place).parent.mkdir(parents=True, exist_ok=True)
+        total += write_streamed(directory / place, specs, sum_of)
+        weight_map.update(dict.fromkeys(specs, place.as_posix()))
     if len(checkpoint.shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _copy_rest(base, lora, directory, dtype, untied=bool(sum_of.untied))
+
+
+def _check_other_weights(base: BaseModel, output: Path) -> None:
+    """Files of another layout, such as old shards beside a new single file, are read in its place by some readers."""
+    shards = [str(shard.relative_to(base.source.directory)) for shard in base.checkpoint.shards]
+    replaced = {output / name for name in (*shards, *([INDEX] if len(shards) > 1 else []))}
+    others = sorted({file for pattern in _READ_AS_WEIGHTS for file in output.glob(pattern)} - replaced)
+    if others:
+        raise OutputError(
+            f"{others[0]} would stay beside the merged weights, and readers would take it for a part of them; remove it"
+            " if it is not needed, or choose another output"
+        )
 
 
 class _Merger:
@@ -163,10 +179,8 @@ class _ExpertDeltas:
 
 def _copy_rest(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DType, untied: bool) -> None:
     """Everything but the weights; config.json says what has changed."""
-    patterns = (*KEPT, "*.py") if base.trust_remote_code else KEPT
-    for file in sorted({file for pattern in patterns for file in base.source.directory.glob(pattern)}):
-        if file.name != INDEX:
-            shutil.copyfile(file, directory / file.name)
+    patterns = (*COMPANIONS, "*.py") if base.trust_remote_code else COMPANIONS
+    copy_companions(base.source.directory, directory, patterns)
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -25,9 +25,10 @@ from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ConfigError, ExportError
 
 from ..base_model import BaseModel
+from ..companions import copy_companions
 from ..lora_weights import LoraWeights
 from .causal import causal_lm, causal_reference, compare_causal
-from .export import PARITY, OnnxOptions, copy_configurations, open_model, sample_prompt
+from .export import PARITY, OnnxOptions, open_model, sample_prompt
 from .genai_config import write_genai_config
 from .layout import GRAPH
 from .parity import ATOL, check
@@ -55,7 +56,7 @@ def export_adapter_folder(base: BaseModel, lora: LoraWeights, output: Path, opti
     _check(base, lora)
     name = f"{lora.path.stem}{SUFFIX}"
     with atomic_directory(output) as directory:
-        copy_configurations(base.source.directory, directory)
+        copy_companions(base.source.directory, directory)
         model = open_model(base.source.directory, base)
         prompt = sample_prompt(directory, model, base.trust_remote_code)
         references = {"base": causal_reference(model, prompt)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,11 +19,11 @@ import torch
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ConfigError, ExportError
 from loraone_init.extras import require
-from loraone_init.weights.checkpoint import INDEX
 
 from ..base_model import AUTO_CLASSES, BaseModel
+from ..companions import copy_companions
 from ..lora_weights import LoraWeights
-from ..merged import KEPT, write_merged
+from ..merged import write_merged
 from .causal import compare_causal
 from .genai import build_genai, check_builder
 from .genai import require_packages as require_genai
@@ -86,7 +85,7 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
     with atomic_directory(output) as directory:
         with tempfile.TemporaryDirectory(prefix=".merged.", dir=directory) as merged:
             write_merged(base, lora, Path(merged), "fp32")
-            copy_configurations(Path(merged), directory)
+            copy_companions(Path(merged), directory)
             parity = _write_graphs(Path(merged), directory, base, options)
         (directory / PARITY).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
         num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
@@ -147,9 +146,16 @@ def open_model(directory: Path, base: BaseModel) -> PreTrainedModel:
     """In fp32, with attention written out, which every architecture has, with all its peculiarities."""
     import transformers
 
-    model: PreTrainedModel = getattr(transformers, base.auto_class).from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=base.trust_remote_code
+    model: PreTrainedModel
+    model, loading = getattr(transformers, base.auto_class).from_pretrained(
+        directory,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=base.trust_remote_code,
+        output_loading_info=True,
     )
+    if missing := sorted(loading["missing_keys"]):  # transformers would draw them at random
+        raise ExportError(f"{base.source.name} lacks {len(missing)} tensors of {base.auto_class}, such as {missing[0]}")
     return model.eval().requires_grad_(False)
 
 
@@ -162,10 +168,3 @@ def sample_prompt(directory: Path, model: PreTrainedModel, trust_remote_code: bo
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     tokens: list[int] = tokenizer("The quick brown fox jumps over")["input_ids"]
     return tokens
-
-
-def copy_configurations(source: Path, directory: Path) -> None:
-    """Everything of a model but its weights."""
-    for file in sorted({file for pattern in KEPT for file in source.glob(pattern)}):
-        if file.name != INDEX:
-            shutil.copyfile(file, directory / file.name)

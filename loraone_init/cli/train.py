@@ -81,7 +81,7 @@ def _run(
     verbose: bool, quiet: bool, *, model: str, data: str, adapter: Path, output: Path, as_json: bool, **options: Any
 ) -> None:
     from ..adapter.adapter import Adapter
-    from ..adapter.files import check_output, is_single_file
+    from ..adapter.files import is_single_file
     from ..data import rows as data_rows
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
@@ -90,15 +90,16 @@ def _run(
     is_main = os.environ.get("RANK", "0") == "0"
     if is_single_file(output):
         raise OutputError(f"{output}: a training writes a directory, with checkpoints; leave .safetensors out")
-    if is_main:  # the others would find what this one writes
-        check_output(output, options["overwrite"] or options["resume"])
     settings = _train_options(options)
     start_logging(quiet or as_json or not is_main, verbose)
+    from ..training.checkpoints import own_checkpoints, remove
     from ..training.trainer import require_packages, train
 
     require_packages(settings)
     for needed in filter(None, (data, options["eval_data"])):
         data_rows.require_packages(needed)
+    if is_main:  # the others would find what this one writes
+        _check_output(output, options["overwrite"], options["resume"])
     start = Adapter.load(adapter)
     if start.task_type not in ("CAUSAL_LM", None):
         raise ConfigError(
@@ -116,6 +117,8 @@ def _run(
     evaluation = None
     if options["eval_data"] or options["eval_split"]:
         evaluation = _load(options["eval_data"] or data, tokenizer, options, options["eval_split"])
+    if is_main and not options["resume"]:  # --overwrite has been said
+        remove(own_checkpoints(output))
     outcome = train(
         source,
         start,
@@ -128,6 +131,19 @@ def _run(
     )
     if is_main:
         _finish(outcome, output, as_json)
+
+
+def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
+    """Raise OutputError where the output holds something else than a training of ours that is to be resumed."""
+    from ..adapter.files import DIRECTORY_FILES, WEIGHTS, check_output
+    from ..errors import OutputError
+    from ..training.checkpoints import own_checkpoints
+
+    check_output(output, overwrite or (resume and bool(own_checkpoints(output))))
+    if not overwrite and not (output / WEIGHTS).exists():  # none of ours has been finished here
+        for name in DIRECTORY_FILES:
+            if (output / name).exists():
+                raise OutputError(f"{output / name} exists already; choose another output, or pass --overwrite")
 
 
 def _load(data: str, tokenizer: Any, options: dict[str, Any], split: str | None) -> Any:

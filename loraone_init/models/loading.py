@@ -75,19 +75,24 @@ def load_rest(
     """Read everything outside of `blocks`, alias what is tied, compute the buffers that no checkpoint holds."""
     names = reader.names
     tied = resolve_ties(model, names)
-    ignored = may_be_missing(model)
-    missing = [
-        name
-        for name in model.state_dict()
-        if name not in names and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
-    ]
-    _check_missing(model, head, missing)
+    _check_missing(model, head, missing_tensors(model, names))
     _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
     prefixes = tuple(f"{block}." for block in blocks)
     reader.load([name for name in names if not name.startswith(prefixes)], device)
     for target, source in tied.items():
         path, _, leaf = target.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = model.get_parameter(source)
+
+
+def missing_tensors(model: PreTrainedModel, names: set[str]) -> list[str]:
+    """Of the model's parameters and persistent buffers, those that are not made of `names`: neither held nor tied."""
+    tied = resolve_ties(model, names)
+    ignored = may_be_missing(model)
+    return [
+        name
+        for name in model.state_dict()
+        if name not in names and name not in tied and not any(re.search(pattern, name) for pattern in ignored)
+    ]
 
 
 def _check_missing(model: PreTrainedModel, head: Head, missing: list[str]) -> None:

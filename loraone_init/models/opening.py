@@ -134,6 +134,18 @@ def open_model(
     )
 
 
+def open_whole(
+    source: LocalModel, checkpoint: Checkpoint, dtype: DType, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model in memory, on the CPU, for a trainer; it is checked as in `open_model`.
+
+    Raises ModelError where it cannot be opened, or its checkpoint lacks tensors or has them in another shape.
+    """
+    wanted = Wanted(torch.device("cpu"), dtype, trust_remote_code, None, "auto", None, True, "causal-lm", None)
+    module, head = skeleton(source, checkpoint, wanted)
+    return load_whole(source, module, head, "causal-lm", trust_remote_code)
+
+
 def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
     """Any module, with its weights where they are; blocks are found as in `open_model`, none is fine too."""
     parameter = next(module.parameters(), None)

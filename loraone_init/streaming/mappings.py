@@ -29,7 +29,8 @@ def run_with_mappings(
 
     Raises ModelError where it takes something out of one of them.
     """
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(kwargs)
     copies = {place: value.copy() if type(value) in (dict, list) else value for place, value in given.items()}
     outputs = forward(*(copies[i] for i in range(len(args))), **{name: copies[name] for name in kwargs})
     written: Written = {}

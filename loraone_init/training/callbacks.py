@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import NumericalError, OutputError, describe
-from .checkpoints import seal
+from .checkpoints import begin, remove_older, seal
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +59,28 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
         if _is_distributed():
             torch.distributed.barrier()
         if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._options)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            seal(checkpoint, self._options)
+            remove_older(checkpoint)
 
 
 class CheckpointingTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer, which says what to do where a checkpoint cannot be written."""
+    """transformers' Trainer, with checkpoints that carry our mark from the start and hold finite factors only.
+
+    Where a checkpoint cannot be written, it says what to do.
+    """
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                raise NumericalError(
+                    f"{name} is not finite after step {self.state.global_step}; use a lower --learning-rate, or fp32."
+                    " The checkpoint before it stays"
+                )
+        if self.is_world_process_zero():
+            begin(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        if _is_distributed():
+            torch.distributed.barrier()
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save's are RuntimeErrors, without the reason

@@ -1,4 +1,8 @@
-"""Whole checkpoints of a training: a directory counts once a record of all its files has been written to it."""
+"""Whole checkpoints of a training, and which directories are ours.
+
+A checkpoint's directory gets a mark before anything is written into it, and a record of all its files when they are
+whole. What has no mark was not written by this program, and is neither read, replaced nor removed.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,34 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..atomic import atomic_file
-from ..errors import ConfigError
+from ..atomic import atomic_directory, atomic_file
+from ..errors import ConfigError, OutputError
+from ..version import __version__
 
 logger = logging.getLogger(__name__)
 
 RECORD = "complete.json"
+MARK = "loraone-train.json"
+KEPT = 2
+"""Were only the last checkpoint kept, one that is cut short would leave none."""
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def begin(directory: Path) -> None:
+    """Make the directory of a checkpoint, with our mark in it. One of ours that is there is removed first.
+
+    Raises OutputError where something else has that name.
+    """
+    if _is_ours(directory):
+        shutil.rmtree(directory)
+    elif directory.is_symlink() or directory.exists():
+        raise OutputError(f"{directory} was not written by loraone-train; move it away, or choose another output")
+    with atomic_directory(directory) as temporary:
+        (temporary / MARK).write_text(json.dumps({"written_by": f"loraone-train {__version__}"}) + "\n")
 
 
 def seal(directory: Path, options: dict[str, Any]) -> None:
@@ -30,14 +52,32 @@ def seal(directory: Path, options: dict[str, Any]) -> None:
         temporary.write_text(json.dumps({"files": sizes, "options": options}, indent=2) + "\n", encoding="utf-8")
 
 
-def last_whole(directory: Path, options: dict[str, Any]) -> Path | None:
-    """The latest checkpoint in `directory` whose files are all there in full; None without one. Others are removed.
+def remove_older(latest: Path) -> None:
+    """Remove our checkpoints before `latest` and the ones next to it, so that KEPT of them stay."""
+    before = [path for path in own_checkpoints(latest.parent) if step_of(path) < step_of(latest)]
+    remove(before[: max(0, len(before) - (KEPT - 1))])
 
-    Raises ConfigError where it was written by a training with other options.
+
+def remove(checkpoints: Iterable[Path]) -> None:
+    """Remove checkpoints of ours."""
+    for path in checkpoints:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def own_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in `directory` that carry our mark, whole or not, in order of their steps."""
+    found = [path for path in directory.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if _is_ours(path)), key=step_of)
+
+
+def last_whole(directory: Path, options: dict[str, Any]) -> Path | None:
+    """The latest of our checkpoints in `directory` whose files are all there in full; None without one.
+
+    Those of ours that were cut short are removed. Raises ConfigError where it was written by a training with other
+    options, from another adapter or on another model.
     """
-    found = [path for path in directory.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
     whole = None
-    for path in sorted(found, key=step_of, reverse=True):
+    for path in reversed(own_checkpoints(directory)):
         record = _read_record(path)
         if record is None:
             logger.warning("%s was cut short; it is removed", path)
@@ -46,6 +86,11 @@ def last_whole(directory: Path, options: dict[str, Any]) -> Path | None:
             whole = path
             _check_options(path, record["options"], options)
     return whole
+
+
+def _is_ours(path: Path) -> bool:
+    """By the mark; releases before it wrote the record alone, at the end."""
+    return path.is_dir() and not path.is_symlink() and ((path / MARK).is_file() or _read_record(path) is not None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -60,7 +105,8 @@ def _read_record(checkpoint: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
         sizes = {name: (checkpoint / name).stat().st_size for name in record["files"]}
-    except (OSError, ValueError, KeyError):
+        record["options"].items()
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return None
     return record if sizes == record["files"] else None
 

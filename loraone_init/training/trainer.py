@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import tempfile
@@ -22,6 +23,8 @@ from ..errors import ConfigError, ModelError, describe
 from ..extras import require
 from ..layers.expert_layout import split_experts
 from ..linalg.factors import LoraPair
+from ..models.dtypes import DType
+from ..models.opening import open_whole
 from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
 from ..weights.checkpoint import Checkpoint
@@ -40,7 +43,7 @@ Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES: dict[Precision, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,10 @@ def train(
     """
     require_packages(options)
     _refuse_sharding(options)
-    model = _peft_model(source, adapter, options, trust_remote_code)
-    record = _record(adapter, data, options)
+    checkpoint = Checkpoint(source.directory)
+    model = _peft_model(source, checkpoint, adapter, options, trust_remote_code)
+    facts = _facts(adapter, data, options)
+    record = {**facts, "base": checkpoint.fingerprint(), "adapter": _digest(adapter)}
     stop = FinishOnSignal()
     trainer = _trainer(model, adapter, data, evaluation, output, options, [stop, LogLines(), SealCheckpoints(record)])
     start = last_whole(output, record) if resume else None
@@ -135,24 +140,18 @@ def train(
         if evaluation is not None and options.max_steps is not None and not stop.received:
             trainer.evaluate()
     history: list[dict[str, float]] = trainer.state.log_history
-    trained = replace(adapter, pairs=_factors(model, adapter), training=_describe(trainer, record, history))
+    trained = replace(adapter, pairs=_factors(model, adapter), training=_describe(trainer, facts, history))
     return Outcome(trained, trainer.state.global_step, trainer.state.max_steps, stop.received, history)
 
 
-def _peft_model(source: LocalModel, adapter: Adapter, options: TrainOptions, trust_remote_code: bool) -> PeftModel:
+def _peft_model(
+    source: LocalModel, checkpoint: Checkpoint, adapter: Adapter, options: TrainOptions, trust_remote_code: bool
+) -> PeftModel:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    try:
-        base = AutoModelForCausalLM.from_pretrained(
-            source.directory,
-            dtype=_DTYPES[options.precision],
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, LookupError) as error:
-        raise ModelError(f"{source.name} cannot be loaded: {describe(error)[:250]}") from error
-    if adapter.base.get("fingerprint") not in (None, Checkpoint(source.directory).fingerprint()):
+    dtype = _DTYPES[options.precision]
+    base = open_whole(source, checkpoint, dtype, trust_remote_code)
+    if adapter.base.get("fingerprint") not in (None, checkpoint.fingerprint()):
         logger.warning(
             "The adapter was made for another model, %s; it is trained on %s", adapter.base["name"], source.name
         )
@@ -199,7 +198,7 @@ def _trainer(
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,
         save_steps=options.save_steps,
-        save_total_limit=2,  # were only the last kept, one cut short would leave none
+        save_total_limit=None,  # it would remove what has a checkpoint's name; `remove_older` removes our own
         eval_strategy="epoch" if evaluation is not None and options.max_steps is None else "no",
         seed=options.seed,
         data_seed=options.seed,
@@ -239,8 +238,8 @@ def _factors(model: nn.Module, adapter: Adapter) -> dict[str, LoraPair]:
     return split_experts(tensors, adapter.experts)
 
 
-def _record(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, Any]:
-    """What a resumed training has to have in common with the one that was interrupted."""
+def _facts(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, Any]:
+    """What the steps follow from, beside the model and the adapter; the adapter records it."""
     chosen = (
         adapter.preconditioner if options.damping is None else replace(adapter.preconditioner, damping=options.damping)
     )
@@ -249,6 +248,16 @@ def _record(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, 
     preconditioner = asdict(chosen) if options.optimizer == "preconditioned" else None
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return {**record, "preconditioner": preconditioner, "processes": processes, "data": data.sha256}
+
+
+def _digest(adapter: Adapter) -> str:
+    """SHA-256, hexadecimal, of the factors."""
+    digest = hashlib.sha256()
+    for name, pair in sorted(adapter.tensors().items()):
+        digest.update(name.encode())
+        for factor in (pair.A, pair.B):
+            digest.update(factor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _describe(trainer: Trainer, record: Mapping[str, Any], history: list[dict[str, float]]) -> dict[str, Any]:

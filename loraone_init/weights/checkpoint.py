@@ -92,6 +92,9 @@ def _shards(directory: Path) -> list[Path]:
             files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, LookupError, AttributeError, TypeError, OSError) as error:
             raise ModelError(f"{index} is no safetensors index, with a weight_map from tensors to files") from error
+        for name in files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ModelError(f"{index} names {name}, a file outside of the model directory; it is not read")
         missing = [name for name in files if not (directory / name).is_file()]
         if missing:
             raise ModelError(
