@@ -5,7 +5,7 @@ What the page shows is gathered here, as values and drawings; page.html.jinja sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from statistics import median
@@ -35,12 +35,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Compared:
-    """The comparison with another adapter. missing: layers that only one of both has, by which one."""
+    """The comparison with another adapter. missing: which of both has layers that the other lacks, and their names."""
 
     other: str
     angle: str
     cosine: str
-    missing: Mapping[str, Sequence[str]]
+    missing: Sequence[tuple[str, Sequence[str]]]
     figures: Sequence[Figure]
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -48,6 +48,8 @@ class Compared:
 
 @dataclass(frozen=True)
 class Layers:
+    """The table of all layers, and how many blocks they are in."""
+
     num_blocks: int
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -63,9 +65,8 @@ def render_page(
     """The page as text. It loads nothing from anywhere."""
     loss, growth = adapter.loss, adapter.growth
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(
-        _own_file("page.html.jinja")
-    ).render(
+    template = environment.from_string(_own_file("page.html.jinja"))
+    return template.render(
         title=f"LoRA-One adapter of {adapter.base.get('name') or 'a model'}",
         style=Markup(_own_file("page.css")),  # ours: in quotes that are escaped it would be no style
         num_colors=NUM_COLORS,
@@ -117,12 +118,12 @@ def _comparison(facts: Sequence[LayerFacts], comparison: Comparison, other_name:
     layers = comparison.layers
     largest = [max(both.output_angles + both.input_angles) for both in layers.values()]
     cosines = {name: both.cosine for name, both in layers.items()}
-    missing = {"this adapter": comparison.only_first, other_name: comparison.only_second}
+    missing = (("this adapter", comparison.only_first), (other_name, comparison.only_second))
     return Compared(
         other=other_name,
         angle=f"{median(largest):.1f}°",
         cosine=f"{median(cosines.values()):.3f}",
-        missing={where: names for where, names in missing.items() if names},
+        missing=[(where, names) for where, names in missing if names],
         figures=agreement_figures(facts, cosines),
         head=["layer", "largest angle, outputs", "largest angle, inputs", "cosine of ΔW", "‖ΔW‖ ratio"],
         rows=[
