@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tasks import NAMES, task_of_peft
 from .records import Curve
-from .wording import describe_labels, describe_ranks
+from .wording import describe_labels, describe_ranks, loss_text
 
 _CARD = """---
 {base_line}library_name: peft
@@ -93,7 +93,7 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
             else f"{loss['rows']} of the rows the gradient was taken from"
         ),
         before=loss["before"],
-        after=_loss_text(loss["after"]),
+        after=loss_text(loss["after"]),
         least=min(captured),
         middle=median(captured),
     )
@@ -101,12 +101,8 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
 
 def _search_row(curve: Curve) -> str:
     """The mean losses by γ, of a γ that was searched for."""
-    tried = ", ".join(f"{gamma:g}: {_loss_text(loss)}" for gamma, loss in curve)
+    tried = ", ".join(f"{gamma:g}: {loss_text(loss)}" for gamma, loss in curve)
     return f"| Mean loss by γ, which was searched for | {tried} |\n"
-
-
-def _loss_text(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 def _training_rows(training: Mapping[str, Any]) -> str:

@@ -29,6 +29,11 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def loss_text(loss: float | None) -> str:
+    """1.2345; None is what the records have for a loss that is infinite or no number."""
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def describe_sample(sample: Mapping[str, Any]) -> str:
     """Rows and tokens, and what was left out of them."""
     used, available = sample["rows_used"], sample["rows_available"]
@@ -65,5 +70,5 @@ def describe_growth(growth: Mapping[str, Any]) -> str:
 
 def describe_search(gamma: float, curve: Curve) -> str:
     """256, found by search: 128 1.7300, 256 1.5090, 512 1.5110."""
-    tried = ", ".join(f"{tried:g} {'not finite' if loss is None else f'{loss:.4f}'}" for tried, loss in curve)
+    tried = ", ".join(f"{tried:g} {loss_text(loss)}" for tried, loss in curve)
     return f"{gamma:g}, found by search: {tried}"

@@ -16,7 +16,7 @@ from rich.text import Text
 from ..adapter.adapter import Adapter
 from ..adapter.files import DIRECTORY_FILES, is_single_file
 from ..adapter.records import LossReport
-from ..adapter.wording import count, describe_growth, describe_sample, describe_search
+from ..adapter.wording import count, describe_growth, describe_sample, describe_search, loss_text
 from ..layers.expert_layout import expert_names
 from ..machine import Peaks, describe_size
 from ..monitor import Monitor
@@ -84,12 +84,12 @@ def warn_if_worse(loss: LossReport, gamma: float) -> None:
     """Say loudly, on standard error, that the step raises the loss."""
     if loss.after is not None and (loss.after < loss.before if loss.curve else loss.after <= loss.before):
         return
-    after = "something that is not finite" if loss.after is None else f"{loss.after:.4f}"
-    text = f"WARNING: the step RAISES the loss from {loss.before:.4f} to {after} at γ = {gamma:g}."
+    course = f"{loss.before:.4f} → {loss_text(loss.after)}"
+    text = f"WARNING: the step RAISES the loss: {course} at γ = {gamma:g}."
     if loss.curve:
         text = (
-            f"WARNING: NO γ of {len(loss.curve)} lowers the loss on the rows held out from {loss.before:.4f}; the step"
-            f" at γ = {gamma:g} leads to {after}."
+            f"WARNING: NO γ of {len(loss.curve)} lowers the loss on the rows held out; the step at"
+            f" γ = {gamma:g}: {course}."
         )
     if loss.suggested_gamma is not None:
         text += f" Try --gamma {loss.suggested_gamma:g}: {loss.suggested_loss:.4f} on the same rows."
@@ -151,7 +151,7 @@ def _describe_peak(summary: Mapping[str, Any]) -> str:
 
 
 def _describe_loss(loss: Mapping[str, Any]) -> str:
-    after = "not finite" if loss["after"] is None else f"{loss['after']:.4f}"
+    after = loss_text(loss["after"])
     rows = count(loss["rows"], "row")
     if loss["held_out"]:
         return f"{loss['before']:.4f} → {after} on {rows} held out ({loss['sample']:.4f} before, on the others)"

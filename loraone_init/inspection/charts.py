@@ -1,20 +1,30 @@
-"""Pictures as inline SVG: a heat map, a line chart, a search. Colours are the page's variables, for light and dark."""
+"""Pictures as inline SVG: a heat map, a line chart, a search. Colours are the page's variables, for light and dark.
+
+All text goes through `Markup.format`, which escapes it. A picture is drawn 400 units wide, which is about what a phone
+has, and the page scales it to the width of its card.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from markupsafe import Markup
+
+from ..adapter.wording import loss_text
 
 NUM_COLORS = 8
 """The page defines --c0 to --c7."""
 
-_WIDTH = 720
-_LABELS = 120  # for the names of rows, and of the vertical axis' values
+_WIDTH = 400
+_NAMES = 112  # for the names of a heat map's rows
+_VALUES = 50  # for the values at the vertical axis of a chart
+_LONGEST = 17  # letters of a row's name for which there is room
 _ROW = 22
-_HEIGHT = 260
-_MARGIN = 16
+_HEIGHT = 230
+_MARGIN = 14
+_MOST_LABELS = 10  # along the horizontal axis
 
 
 @dataclass(frozen=True)
@@ -33,43 +43,58 @@ class Cell:
     title: str
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """svg: the picture, None where there is nothing to draw. legend: of its colours. scale: pale and full colour."""
+
+    svg: Markup | None
+    legend: Sequence[str] = ()
+    scale: tuple[str, str] | None = None
+
+
 def heat_map(
-    rows: Sequence[str], columns: Sequence[str], cells: dict[tuple[int, int], Cell], low: float, high: float
-) -> str:
-    """Rectangles by (row, column); the fuller the colour the higher the value between `low` and `high`."""
-    width = (_WIDTH - _LABELS - _MARGIN) / max(1, len(columns))
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Mapping[tuple[int, int], Cell],
+    between: tuple[float, float],
+    scale: tuple[str, str],
+) -> Drawing:
+    """Rectangles by (row, column); the fuller the colour the higher the value between the two, `scale` in words."""
+    low, high = between
+    width = (_WIDTH - _NAMES - _MARGIN) / max(1, len(columns))
     height = _ROW * len(rows)
+    gap = min(1.0, width / 8)
     parts = []
     for i, row in enumerate(rows):
-        parts.append(_text(_LABELS - 6, i * _ROW + _ROW * 0.68, row, "end"))
+        name = row if len(row) <= _LONGEST else f"…{row[1 - _LONGEST :]}"
+        parts.append(_text(_NAMES - 6, i * _ROW + _ROW * 0.68, name, "end"))
         for j in range(len(columns)):
+            box = Markup('x="{:.1f}" y="{}" width="{:.1f}" height="{}" rx="2"').format(
+                _NAMES + j * width, i * _ROW, width - gap, _ROW - 1
+            )
             cell = cells.get((i, j))
-            box = f'x="{_LABELS + j * width:.1f}" y="{i * _ROW}" width="{width - 1:.1f}" height="{_ROW - 1}" rx="2"'
             if cell is None:
-                parts.append(f'<rect {box} class="none"/>')
+                parts.append(Markup('<rect {} class="none"/>').format(box))
                 continue
             share = (cell.value - low) / (high - low) if high > low else 1.0
             opacity = 0.08 + 0.92 * max(0.0, min(1.0, share))
             parts.append(
-                f'<rect {box} class="heat" fill-opacity="{opacity:.3f}"><title>{escape(cell.title)}</title></rect>'
+                Markup('<rect {} class="heat" fill-opacity="{:.3f}"><title>{}</title></rect>').format(
+                    box, opacity, cell.title
+                )
             )
-    every = max(1, math.ceil(len(columns) / 16))
+    every = max(1, math.ceil(len(columns) / _MOST_LABELS))
     for j in range(0, len(columns), every):
-        parts.append(_text(_LABELS + (j + 0.5) * width, height + 14, columns[j], "middle"))
-    return _svg(height + 20, parts)
+        parts.append(_text(_NAMES + (j + 0.5) * width, height + 14, columns[j], "middle"))
+    return Drawing(_svg(height + 20, parts), scale=scale)
 
 
-def heat_scale(low: str, high: str) -> str:
-    """What pale and full colour mean."""
-    return f'<p class="scale"><span>{escape(low)}</span><i></i><span>{escape(high)}</span></p>'
-
-
-def line_chart(series: Sequence[Series], x_label: str, log: bool = False) -> str:
+def line_chart(series: Sequence[Series], x_label: str, log: bool = False) -> Drawing:
     """Lines over a common axis, with a legend. log: the vertical axis is logarithmic, and values <= 0 are left out."""
     shown = [Series(line.name, [(x, y) for x, y in line.points if y > 0 or not log]) for line in series]
     shown = [line for line in shown if line.points]
     if not shown:
-        return '<p class="quiet">Nothing to draw.</p>'
+        return Drawing(None)
     xs = [x for line in shown for x, _ in line.points]
     ys = [math.log10(y) if log else y for line in shown for _, y in line.points]
     ticks = _log_ticks(ys) if log else _ticks(ys)
@@ -84,15 +109,16 @@ def line_chart(series: Sequence[Series], x_label: str, log: bool = False) -> str
         points = [frame.at(x, math.log10(y) if log else y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         color = f"var(--c{number % NUM_COLORS})"
-        dash = ' stroke-dasharray="5 3"' if number >= NUM_COLORS else ""
-        parts.append(f'<polyline points="{path}" class="line" stroke="{color}"{dash}/>')
+        dash = "5 3" if number >= NUM_COLORS else "none"
+        parts.append(
+            Markup('<polyline points="{}" class="line" stroke="{}" stroke-dasharray="{}"/>').format(path, color, dash)
+        )
         for (x, y), (at_x, value) in zip(points, line.points, strict=True):
-            title = escape(f"{line.name}, {at_x:g}: {value:.3g}")
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"><title>{title}</title></circle>')
-    return _legend([line.name for line in shown]) + _svg(_HEIGHT, parts)
+            parts.append(_circle(x, y, 2, color, f"{line.name}, {at_x:g}: {value:.3g}"))
+    return Drawing(_svg(_HEIGHT, parts), legend=[line.name for line in shown])
 
 
-def search_chart(curve: Sequence[tuple[float, float | None]], before: float, chosen: float) -> str:
+def search_chart(curve: Sequence[tuple[float, float | None]], before: float, chosen: float) -> Drawing:
     """The losses of a search over γ, on a logarithmic axis, with the loss before the step as a line across.
 
     curve: (γ, loss), ascending; a loss that is not finite, or so large that the others would look alike, is drawn open,
@@ -108,27 +134,21 @@ def search_chart(curve: Sequence[tuple[float, float | None]], before: float, cho
     doublings = {x: f"{2**x:g}" for x in _x_ticks(frame.x0, frame.x1)}
     parts = _axes(frame, doublings, {y: f"{y:g}" for y in ticks}, "γ")
     left, y = frame.at(frame.x0, before)
-    parts.append(f'<line x1="{left:.1f}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}" class="before"/>')
+    parts.append(_line_across(left, y, "before"))
     parts.append(_text(_WIDTH - _MARGIN, y - 5, "before the step", "end"))
     places = [
         frame.at(x, min(frame.y1 if loss is None else loss, frame.y1))
         for x, (_, loss) in zip(exponents, curve, strict=True)
     ]
-    parts.append(
-        f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}" class="line" stroke="var(--c0)"/>'
-    )
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    parts.append(Markup('<polyline points="{}" class="line" stroke="var(--c0)"/>').format(path))
     for (x, y), (gamma, loss) in zip(places, curve, strict=True):
-        told = f"γ = {gamma:g}: {'not finite' if loss is None else f'{loss:.4f}'}"
         fill = "var(--surface)" if loss is None or loss > frame.y1 else "var(--c0)"
-        size = 6 if gamma == chosen else 3
         if gamma == chosen:
-            anchor = "end" if x > 0.9 * _WIDTH else "middle"
+            anchor = "end" if x > 0.85 * _WIDTH else "start" if x < 0.25 * _WIDTH else "middle"
             parts.append(_text(x, y + 20 if y < _HEIGHT - 70 else y - 12, f"γ = {gamma:g}", anchor))
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{size}" fill="{fill}" stroke="var(--c0)">'
-            f"<title>{escape(told)}</title></circle>"
-        )
-    return _svg(_HEIGHT, parts)
+        parts.append(_circle(x, y, 6 if gamma == chosen else 3, fill, f"γ = {gamma:g}: {loss_text(loss)}"))
+    return Drawing(_svg(_HEIGHT, parts))
 
 
 @dataclass(frozen=True)
@@ -144,39 +164,46 @@ class _Frame:
         """Where the point is in the picture."""
         left = (x - self.x0) / (self.x1 - self.x0) if self.x1 > self.x0 else 0.5
         top = (self.y1 - y) / (self.y1 - self.y0) if self.y1 > self.y0 else 0.5
-        return _LABELS / 2 + left * (_WIDTH - _LABELS / 2 - _MARGIN), 8 + top * (_HEIGHT - 44)
+        return _VALUES + left * (_WIDTH - _VALUES - _MARGIN), 8 + top * (_HEIGHT - 44)
 
 
-def _axes(frame: _Frame, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str], x_label: str) -> list[str]:
+def _axes(frame: _Frame, x_ticks: Mapping[float, str], y_ticks: Mapping[float, str], x_label: str) -> list[Markup]:
     """Lines across at the values of `y_ticks`, and what is written at both axes."""
     parts = []
     for value, text in y_ticks.items():
         _, y = frame.at(frame.x0, value)
-        parts.append(f'<line x1="{_LABELS / 2}" x2="{_WIDTH - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        parts.append(_text(_LABELS / 2 - 6, y + 4, text, "end"))
+        parts.append(_line_across(_VALUES, y, "grid"))
+        parts.append(_text(_VALUES - 6, y + 4, text, "end"))
     for value, text in x_ticks.items():
         x, _ = frame.at(value, frame.y0)
-        is_cut = x + 4 * len(text) > _WIDTH
+        is_cut = x + 3.5 * len(text) > _WIDTH
         parts.append(_text(x, _HEIGHT - 20, text, "end" if is_cut else "middle"))
-    parts.append(_text((_WIDTH + _LABELS / 2 - _MARGIN) / 2, _HEIGHT - 3, x_label, "middle"))
+    parts.append(_text((_WIDTH + _VALUES - _MARGIN) / 2, _HEIGHT - 3, x_label, "middle"))
     return parts
 
 
-def _legend(names: Sequence[str]) -> str:
-    items = (
-        f'<li><i style="background:var(--c{number % NUM_COLORS})"'
-        f"{' class=dashed' if number >= NUM_COLORS else ''}></i>{escape(name)}</li>"
-        for number, name in enumerate(names)
+def _svg(height: float, parts: Sequence[Markup]) -> Markup:
+    content = Markup("").join(parts)
+    return Markup('<svg viewBox="0 0 {} {:.0f}" role="img">{}</svg>').format(_WIDTH, height, content)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> Markup:
+    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
+
+
+def _circle(x: float, y: float, radius: float, fill: str, title: str) -> Markup:
+    """A point, with what is told when the pointer is on it."""
+    edge = "var(--c0)" if fill == "var(--surface)" else fill
+    return Markup(
+        '<circle cx="{:.1f}" cy="{:.1f}" r="{}" fill="{}" stroke="{}" stroke-width="1"><title>{}</title></circle>'
+    ).format(x, y, radius, fill, edge, title)
+
+
+def _line_across(left: float, y: float, style: str) -> Markup:
+    """From `left` to the right edge."""
+    return Markup('<line x1="{:.1f}" x2="{}" y1="{:.1f}" y2="{:.1f}" class="{}"/>').format(
+        left, _WIDTH - _MARGIN, y, y, style
     )
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _svg(height: float, parts: Sequence[str]) -> str:
-    return f'<div class="scroll"><svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img">{"".join(parts)}</svg></div>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
@@ -197,6 +224,6 @@ def _log_ticks(exponents: Sequence[float]) -> list[float]:
 
 
 def _x_ticks(low: float, high: float) -> list[float]:
-    """Whole numbers, at most about 16."""
-    step = max(1, math.ceil((high - low) / 16))
+    """Whole numbers, at most about ten."""
+    step = max(1, math.ceil((high - low) / _MOST_LABELS))
     return [float(number) for number in range(math.ceil(low), math.floor(high) + 1, step)]

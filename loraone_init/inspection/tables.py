@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..adapter.adapter import Adapter
 from ..adapter.records import LayerReport
-from ..adapter.wording import count, describe_growth, describe_ranks, describe_search
+from ..adapter.wording import count, describe_growth, describe_ranks, describe_search, loss_text
 from .comparison import Comparison, LayerComparison
 from .facts import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import place_of
@@ -73,7 +73,7 @@ def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> N
 
 def _print_head(console: Console, adapter: Adapter) -> None:
     config, loss = adapter.config, adapter.loss
-    after = "not finite" if loss.after is None else f"{loss.after:.4f}"
+    after = loss_text(loss.after)
     ranks = describe_ranks([*adapter.ranks.values()])
     damping = f"{adapter.preconditioner.kind}, damping {adapter.preconditioner.damping:g}"
     lines = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -102,23 +103,39 @@ def test_names_are_escaped(initialised: Path, tmp_path: Path) -> None:
     assert "&lt;b&gt;&amp;" in text
 
 
-def test_page_renders_in_a_browser(page: Path, tmp_path: Path) -> None:
-    """Chromium lays it out on a phone's width without a horizontal scroll bar, and draws."""
+PHONE = 390
+"""Pixels of width: an iPhone's."""
+
+
+def test_page_fits_on_a_phone(page: Path, tmp_path: Path) -> None:
+    """Chromium lays it out without a horizontal scroll bar, pictures too, and their letters can be read.
+
+    The page is in a frame, since a window of Chromium is at least 500 pixels wide.
+    """
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium here")
+    measure = """
+        const page = document.querySelector("iframe").contentDocument;
+        const drawn = [...page.querySelectorAll("svg")];
+        const right = Math.max(...drawn.map(svg => svg.getBoundingClientRect().right));
+        const letters = Math.min(...drawn.map(svg => 12 * svg.getScreenCTM().a));
+        document.title = [page.documentElement.scrollWidth, drawn.length, Math.round(right), letters].join(" ");
+    """
+    content = html.escape(page.read_text(encoding="utf-8"))
+    frame = f'<iframe style="width:{PHONE}px;border:0" srcdoc="{content}" onload="{html.escape(measure)}"></iframe>'
     probe = tmp_path / "probe.html"
-    measure = "document.documentElement.scrollWidth + ' ' + document.querySelectorAll('svg').length"
-    script = f"<script>document.title = {measure}</script></body>"
-    probe.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
+    probe.write_text(f"<!doctype html><title></title>{frame}", encoding="utf-8")
     options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    shot = tmp_path / "page.png"
-    command = [browser, *options.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=500,900"]
+    command = [browser, *options.split(), f"--user-data-dir={tmp_path / 'profile'}"]
     dom = subprocess.run([*command, "--dump-dom", f"file://{probe}"], capture_output=True, text=True, timeout=120)
-    found = re.search(r"<title>(\d+) (\d+)</title>", dom.stdout)
+    found = re.search(r"<title>(\d+) (\d+) (\d+) ([\d.]+)</title>", dom.stdout)
     assert found is not None, dom.stderr[-500:]
-    assert int(found[1]) <= 500
+    assert int(found[1]) <= PHONE
     assert int(found[2]) == 5
+    assert int(found[3]) <= PHONE
+    assert float(found[4]) > 9
+    shot = tmp_path / "page.png"
     subprocess.run([*command, f"--screenshot={shot}", f"file://{page}"], capture_output=True, timeout=120, check=True)
     assert shot.stat().st_size > 10_000
 

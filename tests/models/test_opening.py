@@ -171,9 +171,9 @@ def test_missing_tensor_is_named(tmp_path):
 
 
 def test_model_without_recognisable_blocks_needs_a_block_path(tmp_path, monkeypatch):
-    monkeypatch.setattr("loraone_init.models.blocks._is_checkpointing_layer", lambda module: False)
+    monkeypatch.setattr("loraone_init.models.blocks.is_checkpointing_layer", lambda module: False)
     directory = save(make_model("llama", torch.float32), tmp_path)
-    monkeypatch.setattr("loraone_init.models.blocks._no_split_classes", lambda model: set())
+    monkeypatch.setattr("loraone_init.models.blocks.unsplit_classes", lambda model: set())
     with pytest.raises(ModelError, match=r"--block-path.*model\.layers \(3\)"):
         open_model(str(directory))
     assert open_model(str(directory), block_path="model.layers").blocks == (*(f"model.layers.{i}" for i in range(3)),)
