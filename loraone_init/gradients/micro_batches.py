@@ -32,17 +32,19 @@ class MicroBatches:
         self.pieces = list(pieces)
         self._halve_large_ones()
 
-    def attempt(self, run: Callable[[], T]) -> T:
-        """run(), begun anew with smaller pieces as often as memory does not suffice.
+    def attempt(self, run: Callable[[bool], T]) -> T:
+        """run(again), begun anew with smaller pieces as often as memory does not suffice.
 
-        Raises ResourceError where a single row does not fit.
+        again: whether this is not the first attempt. Raises ResourceError where a single row does not fit.
         """
+        again = False
         while True:
             try:
-                return run()
+                return run(again)
             except TooLargeError as error:
                 index, block = error.index, error.block
             self.halve(index, block)  # out here, the error and all that its frames hold is gone
+            again = True
 
     def halve(self, index: int, block: int | None) -> None:
         """Halve the piece of this number, which did not fit, and all that have as many tokens.
@@ -77,13 +79,10 @@ class MicroBatches:
         left = "" if free is None else f", {describe_size(free)} are free on {device}"
         if piece.rows is None:
             return ResourceError(f"out of memory: a batch does not fit, and cannot be halved{left}; give smaller ones")
+        tokens = piece.num_tokens
         if block is None:
-            what = f"the model outside of its blocks does not fit with one row of {piece.num_tokens} tokens"
+            what = f"the model outside of its blocks does not fit with one row of {tokens} tokens"
         else:
-            share = routed_share(self._stack.model)
-            needed = describe_size(working_bytes(self._stack.module(block), piece.num_tokens, share))
-            what = (
-                f"{self._stack.names[block]} needs about {needed} beside its weights for one row of {piece.num_tokens}"
-                " tokens"
-            )
+            needed = describe_size(working_bytes(self._stack.module(block), tokens, routed_share(self._stack.model)))
+            what = f"{self._stack.names[block]} needs about {needed} beside its weights for one row of {tokens} tokens"
         return ResourceError(f"out of memory: {what}{left}; lower --max-length, or close other programs")

@@ -93,12 +93,13 @@ class _Pass:
         self._num_parts = 2 if in_halves else 1
         self._collector = self._new_collector()
         self._shared: set[int] = set()  # the blocks whose gradients have gone out
-        self._budget: ActivationBudget | None = None
 
     def forward(self, budget: ActivationBudget | None) -> list[_Found]:
-        """The losses of each micro-batch. The traces that the backward needs are kept."""
-        self._budget = budget
-        return self._micro_batches.attempt(self._forward)
+        """The losses of each micro-batch. The traces that the backward needs are kept.
+
+        budget: for activations; where memory runs out, the next attempt keeps none.
+        """
+        return self._micro_batches.attempt(lambda again: self._forward(None if again else budget))
 
     def order(self) -> tuple[int, ...] | None:
         """The blocks in the order of the calls that were kept; None for a process that has no rows to run."""
@@ -118,11 +119,10 @@ class _Pass:
         # layers outside of all blocks, or never reached
         yield from self._processes.share(self._collector.take(name, count) for name in self._waiting)
 
-    def _forward(self) -> list[_Found]:
+    def _forward(self, budget: ActivationBudget | None) -> list[_Found]:
         self._collector = self._new_collector()
         trained = frozenset(i for i, block in enumerate(self._stack.names) if _within(self._waiting, block))
         pieces = self._micro_batches.pieces
-        budget, self._budget = self._budget, None  # where memory runs out, the next attempt keeps no activations
         losses: dict[int, RowLosses] = {}
 
         def finish(index: int, features: Any) -> None:
@@ -186,7 +186,7 @@ def stream_losses(
     shares = shares_of(whole_batches(batches, objective.by_row), processes.size)
     own = MicroBatches(shares[processes.index], stack)
 
-    def run() -> list[_Found]:
+    def run(again: bool) -> list[_Found]:
         pieces = own.pieces
         losses: dict[int, RowLosses] = {}
 

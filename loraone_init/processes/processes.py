@@ -34,7 +34,7 @@ class Processes(Protocol):
 
     @property
     def device(self) -> str:
-        """The device that this process computes on, as --device takes it."""
+        """What `open_model` takes as the device of this process."""
         ...
 
     def gather(self, value: T) -> list[T]:

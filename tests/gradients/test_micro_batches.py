@@ -17,6 +17,8 @@ from loraone_init.gradients.objective import WholeModel
 from loraone_init.gradients.stream import stream_gradients, stream_losses
 from loraone_init.layers.targets import select_targets
 from loraone_init.models.blocks import find_blocks
+from loraone_init.streaming.activations import ActivationBudget
+from loraone_init.streaming.driver import stream_forward
 from loraone_init.streaming.stack import BlockStack
 from loraone_init.weights.base import ResidentStore
 
@@ -58,6 +60,21 @@ def test_gradients_and_losses_are_those_without(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "micro-batches of that size are halved, and the pass begins anew" in caplog.text
     assert "to 1e-5" in caplog.text
+
+
+def test_only_the_first_attempt_keeps_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take memory, of which there turned out to be too little."""
+    budgets = []
+
+    def recorded(stack, forwards, finish, trained, on_step, budget, on_turn):
+        budgets.append(budget)
+        return stream_forward(stack, forwards, finish, trained, on_step, budget, on_turn)
+
+    monkeypatch.setattr("loraone_init.gradients.stream.stream_forward", recorded)
+    model, budget = make_model("llama").requires_grad_(False), ActivationBudget(2**20)
+    targets, objective = select_targets(model, "all-linear"), CausalLM(model, CPU)
+    stream_gradients(LittleMemory(model, 2), targets, objective, make_batches((9,), rows=4), budget=budget)
+    assert budgets == [budget, None]
 
 
 def test_deterministic() -> None:
