@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..layers.experts import ExpertLinear
 from ..linalg.layer_gradient import LayerGradient
 from ..monitor import Monitor
 from ..processes.processes import Alone, Processes
@@ -22,6 +23,7 @@ from .collector import Collector
 from .losses import RowLosses, check_finite, check_losses, sum_losses
 from .micro_batches import MicroBatches
 from .objective import Objective
+from .uncalled import check_uncalled
 
 
 def stream_gradients(
@@ -50,8 +52,8 @@ def stream_gradients(
     processes = processes or Alone()
     gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), processes, halves)
     losses = gradients.forward(budget)
-    order, count = _agree(stack, gradients.traces, losses, processes)
-    return losses, gradients.backward(order, count)
+    order, count, outside = _agree(stack, gradients, losses, processes)
+    return losses, gradients.backward(order, count, outside)
 
 
 class _Pass:
@@ -76,18 +78,31 @@ class _Pass:
         self._processes = processes
         self._halves = halves
         self._collector = self._new_collector()
-        self._shared: set[int] = set()  # blocks whose gradients have gone out
+        self._shared: set[int] = set()  # blocks that have been passed by the backward
+        self._homes = _homes(stack, targets)
 
     def forward(self, budget: ActivationBudget | None) -> list[RowLosses]:
         """The losses of all batches; the traces are here after."""
         first = [budget]  # a retry keeps no activations
         return self._batches.attempt(lambda parts: self._forward(parts, first.pop() if first else None))
 
-    def backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
-        """order: of the blocks that were called. count: of the terms of the mean."""
+    @property
+    def calls(self) -> tuple[set[str], set[str]]:
+        """The layers that the forward called, and those that it called between blocks."""
+        return self._collector.called, self._collector.outside
+
+    def check_uncalled(self, called: set[str]) -> None:
+        """called: by any process. See `uncalled.check_uncalled`."""
+        if self._batches.parts:
+            check_uncalled(self._stack, self._objective, self._waiting, called, self._batches.parts[0])
+
+    def backward(self, order: Sequence[int], count: float, outside: set[str]) -> Iterator[LayerGradient]:
+        """order: of the blocks that were called. count: of the terms of the mean. outside: layers that are called
+        between blocks too.
+        """
         while True:
             try:
-                yield from self._backward(order, count)
+                yield from self._backward(order, count, outside)
                 break
             except TooLargeError as error:
                 index, block = error.index, error.block
@@ -99,7 +114,7 @@ class _Pass:
 
     def _forward(self, parts: list[Any], budget: ActivationBudget | None) -> list[RowLosses]:
         self._collector = self._new_collector()
-        trained = frozenset(i for i, block in enumerate(self._stack.names) if _within(self._waiting, block))
+        trained = frozenset(block for name in self._waiting for block in self._homes[name])
         losses: dict[int, RowLosses] = {}
 
         def finish(index: int, features: Any) -> None:
@@ -120,34 +135,45 @@ class _Pass:
         if self._halves is not None:
             self._collector.turn_to(self._halves[self._batches.of[index]])
 
-    def _backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
+    def _backward(self, order: Sequence[int], count: float, outside: set[str]) -> Iterator[LayerGradient]:
+        """A layer is taken when the last of the blocks that it is in has been passed, at the end if it is in none."""
         with self._collector.attached():
             for done, block in enumerate(stream_backward(self._stack, self.traces, order, self._turn), start=1):
                 self._monitor.step("backward", done, len(order))
                 if block in self._shared:  # by the pass that was broken off
                     continue
                 self._shared.add(block)
-                names = _within(self._waiting, self._stack.names[block])
+                names = [
+                    name
+                    for name in self._waiting
+                    if block in self._homes[name]
+                    and name not in outside
+                    and self._homes[name] & set(order) <= self._shared
+                ]
                 for name in names:
                     del self._waiting[name]
                 yield from self._processes.share(self._collector.take(name, count) for name in names)
 
 
 def _agree(
-    stack: BlockStack, traces: list[Trace], losses: list[RowLosses], processes: Processes
-) -> tuple[tuple[int, ...], float]:
-    """The blocks in the order of the calls that were kept, and the number of terms of all processes' losses."""
+    stack: BlockStack, gradients: _Pass, losses: list[RowLosses], processes: Processes
+) -> tuple[tuple[int, ...], float, set[str]]:
+    """Of all processes: the blocks in the order of the calls that were kept, the number of terms of the losses, and
+    the layers that are called between blocks.
+    """
+    traces = gradients.traces
     total, count = sum_losses(losses)
     if count:
         check_finite(total / count)  # by the process that it belongs to
     own = tuple(call.block for call in traces[0].calls) if traces else None
-    parts = processes.gather((own, losses))
-    _, count = check_losses([rows for _, part in parts for rows in part])
-    orders = {order for order, _ in parts if order is not None}
+    parts = processes.gather((own, losses, *gradients.calls))
+    _, count = check_losses([rows for _, part, _, _ in parts for rows in part])
+    orders = {order for order, _, _, _ in parts if order is not None}
     if len(orders) != 1:
         called = "; ".join(", ".join(stack.names[block] for block in order) for order in sorted(orders))
         raise ModelError(f"the processes take different ways through the model ({called}); use one process")
-    return orders.pop(), count
+    gradients.check_uncalled({name for _, _, called, _ in parts for name in called})
+    return orders.pop(), count, {name for _, _, _, outside in parts for name in outside}
 
 
 def stream_losses(
@@ -173,6 +199,13 @@ def stream_losses(
     return divided.attempt(run)
 
 
-def _within(names: Mapping[str, Any], block: str) -> list[str]:
-    """The names that lie inside of `block`."""
-    return [name for name in names if name.startswith(f"{block}.")]
+def _homes(stack: BlockStack, targets: Mapping[str, nn.Module]) -> dict[str, set[int]]:
+    """For each layer, the blocks that it is in: a module may be in several, under names of which it has one here."""
+    blocks: dict[nn.Module, set[int]] = {}
+    for block in range(len(stack.names)):
+        for module in stack.module(block).modules():
+            blocks.setdefault(module, set()).add(block)
+    return {
+        name: blocks.get(target.owner if isinstance(target, ExpertLinear) else target, set())
+        for name, target in targets.items()
+    }
