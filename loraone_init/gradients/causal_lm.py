@@ -29,6 +29,8 @@ class CausalLM:
     replaced by one that answers with the chunk of hidden states; so soft-capping and logit scaling are the model's.
     """
 
+    by_row = True
+
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model = model
         self._device = device

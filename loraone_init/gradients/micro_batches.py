@@ -23,10 +23,14 @@ T = TypeVar("T")
 
 
 class MicroBatches:
-    """A sample's batches, and the parts they are run in: themselves, until one is too large."""
+    """A sample's batches, and the parts they are run in: themselves, until one is too large.
 
-    def __init__(self, batches: Sequence[Any], stack: BlockStack) -> None:
+    by_row: whether a batch may be divided (see `Objective`); else one that is too large is an error.
+    """
+
+    def __init__(self, batches: Sequence[Any], stack: BlockStack, by_row: bool) -> None:
         self._stack = stack
+        self._by_row = by_row
         self.of: list[int] = list(range(len(batches)))  # which batch each part is of
         self.parts: list[Any] = list(batches)
         self._split()
@@ -49,7 +53,7 @@ class MicroBatches:
         if device.type == "cuda":
             gc.collect()  # what failed may be held by cycles of frames and errors
             torch.cuda.empty_cache()
-        if (num_rows(part) or 0) < 2:
+        if not self._by_row or (num_rows(part) or 0) < 2:
             raise self._cannot_fit(part, block, device)
         if self._stack.keeper.too_many_tokens is None:
             rows, tokens = part["input_ids"].shape
@@ -76,7 +80,7 @@ class MicroBatches:
     def _split(self) -> None:
         """Halve what has too many tokens, until it has not or is one row."""
         limit = self._stack.keeper.too_many_tokens
-        if limit is None:
+        if limit is None or not self._by_row:
             return
         pairs = [
             (batch, half) for batch, part in zip(self.of, self.parts, strict=True) for half in halves_below(part, limit)
@@ -86,6 +90,11 @@ class MicroBatches:
     def _cannot_fit(self, part: Any, block: int | None, device: torch.device) -> ResourceError:
         free = free_memory(device)
         left = "" if free is None else f", {describe_size(free)} are free on {device}"
+        if not self._by_row:
+            return ResourceError(
+                f"out of memory: a batch does not fit{left}, and is not halved, as a loss of your own may not be a sum"
+                " over rows; give smaller batches"
+            )
         if not num_rows(part):
             return ResourceError(f"out of memory: a batch does not fit, and cannot be halved{left}; give smaller ones")
         tokens = num_tokens(part)

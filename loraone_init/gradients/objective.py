@@ -18,7 +18,12 @@ LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int
 
 
 class Objective(Protocol):
-    """What is differentiated: the sum of a batch's losses; the mean's 1/count is applied to the finished gradient."""
+    """What is differentiated: the sum of a batch's losses; the mean's 1/count is applied to the finished gradient.
+
+    by_row: whether a batch's loss is the sum of its rows' own losses, so that a batch may be divided.
+    """
+
+    by_row: bool
 
     def check(self, batches: Sequence[Any]) -> None:
         """Raise DataError for batches that cannot be run, before any is."""
@@ -38,7 +43,12 @@ class Objective(Protocol):
 
 
 class WholeModel:
-    """Any model with any loss: `loss(model, batch)` gives the summed loss and the number of terms in it."""
+    """Any model with any loss: `loss(model, batch)` gives the summed loss and the number of terms in it.
+
+    Rows may depend on each other, as in a contrastive loss.
+    """
+
+    by_row = False
 
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         self._model = model

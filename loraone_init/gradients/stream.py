@@ -50,7 +50,8 @@ def stream_gradients(
     single row does not fit in memory.
     """
     processes = processes or Alone()
-    gradients = _Pass(stack, targets, objective, MicroBatches(batches, stack), monitor or Monitor(), processes, halves)
+    divided = MicroBatches(batches, stack, objective.by_row)
+    gradients = _Pass(stack, targets, objective, divided, monitor or Monitor(), processes, halves)
     losses = gradients.forward(budget)
     order, count, outside = _agree(stack, gradients, losses, processes)
     return losses, gradients.backward(order, count, outside)
@@ -183,7 +184,7 @@ def stream_losses(
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[RowLosses]:
     """Losses of all batches, no gradients. on_step: told the number of blocks that are done, and of all."""
-    divided = MicroBatches(batches, stack)
+    divided = MicroBatches(batches, stack, objective.by_row)
 
     def run(parts: list[Any]) -> list[RowLosses]:
         losses: dict[int, RowLosses] = {}

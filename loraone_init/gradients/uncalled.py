@@ -47,7 +47,7 @@ def check_uncalled(
         with objective.active():
             stream_forward(watched, [partial(forward, part) for part in parts], lambda index, result: None)
 
-    MicroBatches([batch], stack).attempt(run)
+    MicroBatches([batch], stack, objective.by_row).attempt(run)
     names = [name for name in layers if name in read]
     if names:
         endings = ",".join(dict.fromkeys(name.rpartition(".")[2] for name in names))

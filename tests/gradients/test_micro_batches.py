@@ -86,13 +86,19 @@ def test_a_row_that_does_not_fit() -> None:
 
 
 def test_batches_that_cannot_be_halved() -> None:
-    """What a loss of one's own takes may not be a sum over rows."""
+    """Those of a loss of one's own, which may not be a sum over rows."""
     model = make_model("llama").requires_grad_(False)
-    ids = torch.randint(3, 97, (4, 8))
-    objective = WholeModel(model, lambda model, batch: (model(input_ids=batch[0]).logits.sum(), 1))
-    stack = LittleMemory(model, 2)
-    with pytest.raises(ResourceError, match=r"a batch does not fit, and cannot be halved.*; give smaller ones"):
-        stream_gradients(stack, select_targets(model, "all-linear"), objective, [(ids,)])
+
+    def contrastive(model, batch):
+        states = model(input_ids=batch["input_ids"]).logits[:, -1]
+        return torch.logsumexp(states @ states.T, dim=1).sum(), len(states)
+
+    objective, stack = WholeModel(model, contrastive), LittleMemory(model, 2)
+    batches = [{"input_ids": torch.randint(3, 97, (4, 8))}]
+    with pytest.raises(ResourceError, match=r"is not halved, as a loss of your own .*; give smaller batches"):
+        stream_gradients(stack, select_targets(model, "all-linear"), objective, batches)
+    with pytest.raises(ResourceError, match=r"is not halved, as a loss of your own .*; give smaller batches"):
+        stream_losses(stack, objective, batches)
 
 
 def test_weights_that_do_not_fit() -> None:
