@@ -7,7 +7,9 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -151,6 +153,12 @@ def select_device(device: str) -> torch.device:
     return place
 
 
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, a CUDA device is the current one of this thread, which pins memory for it and waits for it."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def own_peaks() -> Peaks:
-    """The peaks of this process."""
-    return peak_memory(), torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    """The peaks of this process; of its CUDA devices, the one that has the highest."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    return peak_memory(), max(map(torch.cuda.max_memory_allocated, devices), default=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from ..data.labels import Labels, Problem
 from ..errors import DataError, ModelError
 from ..layers.patching import only_last_states
 from .losses import RowLosses
-from .objective import Batch, check_tokens
+from .objective import Batch, check_tokens, text_config
 
 
 class SequenceClassification:
@@ -26,6 +25,7 @@ class SequenceClassification:
         self._model = model
         self._device = device
         self._labels = labels
+        self._pad_id: int | None = getattr(text_config(model), "pad_token_id", None)
 
     def check(self, batches: Sequence[Batch]) -> None:
         for number, batch in enumerate(batches, 1):
@@ -33,8 +33,7 @@ class SequenceClassification:
             if lacking:
                 raise DataError(f"batch {number} has no {' and no '.join(lacking)}; or pass loss=")
         check_tokens(self._model, [batch["input_ids"] for batch in batches])
-        config: Any = self._model.config
-        if config.pad_token_id is None and max(len(batch["input_ids"]) for batch in batches) > 1:
+        if self._pad_id is None and max(len(batch["input_ids"]) for batch in batches) > 1:
             raise ModelError("the model names no padding token; set config.pad_token_id, or use batches of one row")
 
     def active(self) -> AbstractContextManager[None]:
@@ -43,6 +42,9 @@ class SequenceClassification:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Logits (rows, outputs)."""
         inputs = {key: value.to(self._device) for key, value in batch.items() if key != "labels"}
+        if self._pad_id is not None and "attention_mask" in inputs:
+            padding = inputs["attention_mask"] == 0  # models pool where their own padding token begins
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(padding, self._pad_id)
         logits: torch.Tensor = self._model(**inputs, return_dict=True).logits
         return logits
 

@@ -16,6 +16,7 @@ from ..layers.experts import ExpertLinear
 from ..layers.targets import layer_shape
 from ..linalg.layer_gradient import LayerGradient
 from ..linalg.products import add_product
+from ..streaming.coroutines import running
 
 WIDE_TOKENS = 2048
 """Tokens that are multiplied into a layer's gradient at a time, at most."""
@@ -29,9 +30,12 @@ class Collector:
     Products wait until enough tokens are together (see `_wide`): narrow ones are mostly reading and writing of the sum.
 
     num_parts: sums of each layer; `turn_to` says which of them what comes now adds to.
+    called, outside: the layers that were called at all, and those that were called between blocks.
     """
 
     def __init__(self, targets: Mapping[str, nn.Module], num_parts: int = 1) -> None:
+        self.called: set[str] = set()
+        self.outside: set[str] = set()
         self._targets = dict(targets)
         self._part = 0
         self._sums: list[dict[str, torch.Tensor]] = [{} for _ in range(num_parts)]
@@ -73,6 +77,9 @@ class Collector:
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor | None:
+        self.called.add(name)
+        if running():
+            self.outside.add(name)
         if not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))

@@ -78,7 +78,10 @@ class MicroBatches:
         free = free_memory(device)
         left = "" if free is None else f", {describe_size(free)} are free on {device}"
         if piece.rows is None:
-            return ResourceError(f"out of memory: a batch does not fit, and cannot be halved{left}; give smaller ones")
+            return ResourceError(
+                f"out of memory: a batch does not fit{left}, and is not halved, as its loss may not be the sum of its"
+                " rows' losses; give smaller batches"
+            )
         tokens = piece.num_tokens
         if block is None:
             what = f"the model outside of its blocks does not fit with one row of {tokens} tokens"

@@ -43,7 +43,10 @@ class Objective(Protocol):
 
 
 class WholeModel:
-    """Any model with any loss: `loss(model, batch)` gives the summed loss and the number of terms in it."""
+    """Any model with any loss: `loss(model, batch)` gives the summed loss and the number of terms in it.
+
+    Rows may depend on each other, as in a contrastive loss.
+    """
 
     by_row = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..data.pieces import Piece, shares_of, split_in_halves, whole_batches
 from ..errors import ModelError
+from ..layers.experts import ExpertLinear
 from ..linalg.layer_gradient import LayerGradient
 from ..monitor import Monitor
 from ..processes.processes import Alone, Processes
@@ -23,6 +25,7 @@ from .collector import Collector
 from .losses import RowLosses, check_finite, check_losses, join_losses, sum_losses
 from .micro_batches import MicroBatches
 from .objective import Objective
+from .uncalled import check_uncalled
 
 _Found = tuple[Piece, RowLosses]
 """A piece of a batch, and the losses of its rows."""
@@ -60,11 +63,29 @@ def stream_gradients(
     gradients = _Pass(stack, targets, objective, own, monitor or Monitor(), processes, in_halves)
     found = gradients.forward(budget)
     _check_own_losses(found)
-    told = processes.gather((gradients.order(), [(piece.without_content(), losses) for piece, losses in found]))
-    found_by_all = [each for _, found_there in told for each in found_there]
+    told = processes.gather(gradients.report(found))
+    found_by_all = [each for report in told for each in report.found]
     _, count = check_losses([losses for _, losses in found_by_all])
-    order = _common_order(stack, {order for order, _ in told if order is not None})
-    return join_losses(found_by_all), gradients.backward(order, count)
+    order = _common_order(stack, {report.order for report in told if report.order is not None})
+    gradients.check_uncalled({name for report in told for name in report.called})
+    outside = {name for report in told for name in report.outside}
+    return join_losses(found_by_all), gradients.backward(order, count, outside)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a process tells the others of its forward.
+
+    order:   the blocks in the order of the calls that were kept; None for a process that has no rows to run.
+    found:   the losses of its pieces, which come without their content.
+    called:  the layers that the forward called.
+    outside: those of them that it called between blocks.
+    """
+
+    order: tuple[int, ...] | None
+    found: list[_Found]
+    called: set[str]
+    outside: set[str]
 
 
 class _Pass:
@@ -92,7 +113,8 @@ class _Pass:
         self._processes = processes
         self._num_parts = 2 if in_halves else 1
         self._collector = self._new_collector()
-        self._shared: set[int] = set()  # the blocks whose gradients have gone out
+        self._shared: set[int] = set()  # the blocks that the backward has passed
+        self._homes = _homes(stack, targets)
 
     def forward(self, budget: ActivationBudget | None) -> list[_Found]:
         """The losses of each micro-batch. The traces that the backward needs are kept.
@@ -101,15 +123,27 @@ class _Pass:
         """
         return self._micro_batches.attempt(lambda again: self._forward(None if again else budget))
 
-    def order(self) -> tuple[int, ...] | None:
-        """The blocks in the order of the calls that were kept; None for a process that has no rows to run."""
-        return tuple(call.block for call in self.traces[0].calls) if self.traces else None
+    def report(self, found: Sequence[_Found]) -> _Report:
+        """What the other processes need to know of the forward that gave these losses."""
+        order = tuple(call.block for call in self.traces[0].calls) if self.traces else None
+        told = [(piece.without_content(), losses) for piece, losses in found]
+        return _Report(order, told, self._collector.called, self._collector.outside)
 
-    def backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
-        """order: the blocks in the order of their calls. count: the number of terms of the mean."""
+    def check_uncalled(self, called: set[str]) -> None:
+        """called: the layers that any process has called. See `uncalled.check_uncalled`."""
+        if self._micro_batches.pieces:
+            check_uncalled(self._stack, self._objective, self._waiting, called, self._micro_batches.pieces[0])
+
+    def backward(self, order: Sequence[int], count: float, outside: set[str]) -> Iterator[LayerGradient]:
+        """The gradients of all layers.
+
+        order:   the blocks in the order of their calls.
+        count:   the number of terms of the mean.
+        outside: layers that are called between blocks too.
+        """
         while True:
             try:
-                yield from self._backward(order, count)
+                yield from self._backward(order, count, outside)
                 break
             except TooLargeError as error:
                 index, block = error.index, error.block
@@ -121,7 +155,7 @@ class _Pass:
 
     def _forward(self, budget: ActivationBudget | None) -> list[_Found]:
         self._collector = self._new_collector()
-        trained = frozenset(i for i, block in enumerate(self._stack.names) if _within(self._waiting, block))
+        trained = frozenset(block for name in self._waiting for block in self._homes[name])
         pieces = self._micro_batches.pieces
         losses: dict[int, RowLosses] = {}
 
@@ -142,14 +176,21 @@ class _Pass:
         """Gradients that arrive from now on are of the micro-batch of this number."""
         self._collector.turn_to(self._micro_batches.pieces[index].half)
 
-    def _backward(self, order: Sequence[int], count: float) -> Iterator[LayerGradient]:
+    def _backward(self, order: Sequence[int], count: float, outside: set[str]) -> Iterator[LayerGradient]:
+        """A layer is taken when the last of the blocks that it is in has been passed, at the end if it is in none."""
         with self._collector.attached():
             for done, block in enumerate(stream_backward(self._stack, self.traces, order, self._turn), start=1):
                 self._monitor.step("backward", done, len(order))
                 if block in self._shared:  # by the pass that was broken off
                     continue
                 self._shared.add(block)
-                names = _within(self._waiting, self._stack.names[block])
+                names = [
+                    name
+                    for name in self._waiting
+                    if block in self._homes[name]
+                    and name not in outside
+                    and self._homes[name] & set(order) <= self._shared
+                ]
                 for name in names:
                     del self._waiting[name]
                 yield from self._processes.share(self._collector.take(name, count) for name in names)
@@ -202,6 +243,13 @@ def stream_losses(
     return join_losses(own.attempt(run))
 
 
-def _within(names: Mapping[str, Any], block: str) -> list[str]:
-    """The names that lie inside of `block`."""
-    return [name for name in names if name.startswith(f"{block}.")]
+def _homes(stack: BlockStack, targets: Mapping[str, nn.Module]) -> dict[str, set[int]]:
+    """For each layer, the blocks that it is in: a module may be in several, under names of which it has one here."""
+    blocks: dict[nn.Module, set[int]] = {}
+    for block in range(len(stack.names)):
+        for module in stack.module(block).modules():
+            blocks.setdefault(module, set()).add(block)
+    return {
+        name: blocks.get(target.owner if isinstance(target, ExpertLinear) else target, set())
+        for name, target in targets.items()
+    }

@@ -24,6 +24,7 @@ from ..gradients.seq2seq_lm import Seq2SeqLM
 from ..layers.experts import expert_stacks, experts_as_layers, renamed_targets
 from ..layers.targets import is_conv1d, select_targets
 from ..linalg.factors import shortened
+from ..machine import current_device
 from ..models.heads import saved_tensors
 from ..models.opening import OpenModel, open_module
 from ..models.quantized import computed_dtype, differentiable, quantization_method
@@ -160,8 +161,14 @@ def _opened(model: OpenModel | nn.Module, config: InitConfig) -> OpenModel:
 def _ready(
     opened: OpenModel, stack: BlockStack, targets: Mapping[str, nn.Module], spare: SpareMemory
 ) -> Iterator[None]:
-    """Inside, the model can be differentiated by layers, and what does not fit on the device is kept elsewhere."""
+    """Inside, the model can be differentiated by layers, and what does not fit on the device is kept elsewhere.
+
+    Modes of the caller's thread that would change what is computed are off: autocast, and inference mode.
+    """
     with (
+        current_device(opened.device),
+        torch.inference_mode(False),
+        torch.autocast(opened.device.type, enabled=False),
         _frozen(opened.module),
         differentiable(opened.module),
         experts_as_layers(opened.module, targets),

@@ -65,6 +65,10 @@ class Group:
         self.watch.start()
         with _exchange():
             dist.init_process_group("gloo", store=self._store, rank=self.index, world_size=self.size, timeout=_PATIENCE)
+            devices: list[str] = [""] * self.size
+            dist.all_gather_object(devices, self.device)
+        _check_one_kind(devices)
+        with _exchange():
             if self.device.startswith("cuda"):
                 torch.cuda.set_device(self.device)
                 self._tensors = dist.new_group(backend="nccl", timeout=_PATIENCE)
@@ -193,6 +197,16 @@ def _own_device(device: str) -> str:
             " --nproc-per-node, or use --device cpu"
         )
     return f"cuda:{local}"
+
+
+def _check_one_kind(devices: list[str]) -> None:
+    """devices: of all ranks. Gradients travel in another way between GPUs, so that ranks of both kinds would wait for
+    each other for good.
+    """
+    first = {device.partition(":")[0]: rank for rank, device in reversed(list(enumerate(devices)))}
+    if len(first) > 1:
+        found = ", ".join(f"rank {rank} is on {kind}" for kind, rank in sorted(first.items(), key=lambda pair: pair[1]))
+        raise ConfigError(f"the processes have devices of different kinds: {found}; use --device cpu for all")
 
 
 @contextmanager

@@ -83,9 +83,13 @@ class Coroutine:
         return reply
 
 
+def running() -> bool:
+    """Whether this is called from inside of a coroutine, not by the driver."""
+    return getattr(_local, "coroutine", None) is not None
+
+
 def pause(request: Any) -> Any:
     """Hand `request` to whoever resumed the running coroutine; returns the reply of the next `resume`."""
-    coroutine: Coroutine | None = getattr(_local, "coroutine", None)
-    if coroutine is None:
+    if not running():
         raise RuntimeError("pause() was called outside of a coroutine")
-    return coroutine._pause(request)
+    return _local.coroutine._pause(request)

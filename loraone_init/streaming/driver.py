@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ class _Passage:
         self._stack = stack
         self._trained = trained
         self._budget = budget
-        self._coroutine = Coroutine(partial(_with_grad, trained is not None, forward))
+        self._coroutine = Coroutine(_with_modes(trained is not None, forward))
         self._answers: list[Answer] = []  # the one before, which rests, and the one to be given
 
     def proceed(self) -> BlockRequest | None:
@@ -146,9 +145,18 @@ class _Passage:
         self._coroutine.close()
 
 
-def _with_grad(enabled: bool, forward: Callable[[], Any]) -> Any:
-    with torch.set_grad_enabled(enabled):  # grad mode belongs to the thread
-        return forward()
+def _with_modes(grad: bool, forward: Callable[[], Any]) -> Callable[[], Any]:
+    """`forward` as it is to run in a thread of its own, which inherits neither grad mode nor CUDA device and stream."""
+    streams = [torch.cuda.current_stream()] if torch.cuda.is_initialized() else []
+
+    def run() -> Any:
+        with ExitStack() as modes:
+            modes.enter_context(torch.set_grad_enabled(grad))
+            for stream in streams:
+                modes.enter_context(torch.cuda.stream(stream))
+            return forward()
+
+    return run
 
 
 def _different_ways(stack: BlockStack, *blocks: int | None) -> ModelError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import UserDict
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 from ..errors import ModelError
@@ -29,8 +30,7 @@ def run_with_mappings(
 
     Raises ModelError where it takes something out of one of them.
     """
-    given: dict[int | str, Any] = dict(enumerate(args))
-    given.update(kwargs)
+    given: dict[int | str, Any] = dict(chain(enumerate(args), kwargs.items()))
     copies = {place: value.copy() if type(value) in (dict, list) else value for place, value in given.items()}
     outputs = forward(*(copies[i] for i in range(len(args))), **{name: copies[name] for name in kwargs})
     written: Written = {}

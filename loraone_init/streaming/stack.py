@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ResourceError, is_out_of_memory
+from ..errors import ModelError, ResourceError, is_out_of_memory
 from ..layers.patching import replaced_forward
 from ..machine import describe_size
 from ..models.opening import OpenModel
 from ..weights.base import WeightStore
 from .changes import nothing_left_behind
-from .coroutines import pause
+from .coroutines import pause, running
 from .keeping import Keeper
 from .mappings import Written, as_dicts, run_with_mappings, write_back
 
@@ -94,6 +94,8 @@ class BlockStack:
 
 
 def _request_block(block: int, *args: Any, **kwargs: Any) -> Any:
+    if not running():
+        raise ModelError("a block calls another block, so that they cannot be streamed; name the outer ones' list only")
     outputs, written = pause(BlockRequest(block, *as_dicts(args, kwargs)))
     write_back(args, kwargs, written)
     return outputs

@@ -211,7 +211,7 @@ def _trainer(
     trainer = CheckpointingTrainer(
         model,
         arguments,
-        data_collator=partial(collate, pad_id=data.pad_id),
+        data_collator=partial(collate, pad_id=_pad_id(model, data)),
         train_dataset=data.rows,
         eval_dataset=None if evaluation is None else evaluation.rows,
         optimizers=(_optimizer(model, adapter, options), None),
@@ -219,6 +219,12 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _pad_id(model: PeftModel, data: Sample) -> int:
+    """A classifier pools where its own padding token begins, which may not be the tokenizer's."""
+    own: int | None = model.config.get_text_config().pad_token_id
+    return data.pad_id if data.labels is None or own is None else own
 
 
 def _optimizer(model: nn.Module, adapter: Adapter, options: TrainOptions) -> torch.optim.Optimizer:

@@ -74,7 +74,7 @@ class _Pipeline:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weights")
         self._layouts = {block: Layout({n: reader.declared(n) for n in reader.inside(block)}) for block in blocks}
         largest = max(layout.nbytes for layout in self._layouts.values())
-        self._host = [host_buffer(largest, self if device.type == "cuda" else None) for _ in range(2)]
+        self._host = [host_buffer(largest, self if device.type == "cuda" else None, device) for _ in range(2)]
         self._copied: list[Any] = [None, None]  # the last copy out of each host buffer
         self._on_device = DoubleBuffer(largest, device, lane)
         self._reading: Future[None] | None = None

@@ -36,7 +36,7 @@ class HostStore:
         self._layouts: dict[str, Layout] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         for block in blocks:
-            self._hold(block, reader, pinned=device.type == "cuda")
+            self._hold(block, reader, device)
         self._device = device
         self._lane = CudaLane(device) if lane is None and device.type == "cuda" else lane
 
@@ -60,13 +60,13 @@ class HostStore:
         if self._lane is not None and not self._on_device.holds(block):
             self._on_device.start(block, self._buffers[block])
 
-    def _hold(self, block: str, reader: WeightReader | None, pinned: bool) -> None:
+    def _hold(self, block: str, reader: WeightReader | None, device: torch.device) -> None:
         if reader is None:
             tensors = tensors_inside(self._model, block)
         else:
             tensors = {name: reader.declared(name) for name in reader.inside(block)}
         layout = self._layouts[block] = Layout(tensors)
-        buffer = self._buffers[block] = host_buffer(layout.nbytes, self if pinned else None)
+        buffer = self._buffers[block] = host_buffer(layout.nbytes, self if device.type == "cuda" else None, device)
         for name, tensor in tensors.items() if reader is None else reader.read(tensors):
             layout.view(buffer, name).copy_(tensor)
         drop(self._model, tensors)

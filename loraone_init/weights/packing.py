@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..machine import current_device
+
 _ALIGNMENT = 256  # bytes; what CUDA's own allocations have
 
 
@@ -40,20 +42,23 @@ class Layout:
         return buffer[place.offset : place.offset + size].view(place.dtype).view(place.shape)
 
 
-def host_buffer(nbytes: int, pinned_for: object | None) -> torch.Tensor:
+def host_buffer(nbytes: int, pinned_for: object | None, device: torch.device) -> torch.Tensor:
     """Bytes (nbytes,) of host memory.
 
     pinned_for: while this object lives, a CUDA device copies from and to the buffer without the CPU's help. Done by
                 registering ordinary memory: torch's own pinned allocator rounds sizes up to powers of two, which would
                 waste up to half of the host's memory. None: memory of the ordinary kind.
+    device:     the one that copies.
     """
     buffer = torch.empty(nbytes, dtype=torch.uint8)
     if pinned_for is not None and nbytes:
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)))
-        weakref.finalize(pinned_for, _unpin, buffer).atexit = False  # holds the buffer until then
+        with current_device(device):
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), nbytes, 0)))
+        weakref.finalize(pinned_for, _unpin, buffer, device).atexit = False  # holds the buffer until then
     return buffer
 
 
-def _unpin(buffer: torch.Tensor) -> None:
-    torch.cuda.synchronize()  # a copy may be under way
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))
+def _unpin(buffer: torch.Tensor, device: torch.device) -> None:
+    with current_device(device):
+        torch.cuda.synchronize()  # a copy may be under way
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from loraone_init.gradients.stream import stream_gradients
 from loraone_init.layers.targets import select_targets
 from loraone_init.models.opening import open_module
 from loraone_init.streaming.stack import BlockStack
+from loraone_init.training.trainer import _pad_id
 
 EXACT = 1e-10
 """fp64 on both sides; what is left is the order of summation."""
@@ -205,3 +207,20 @@ def test_what_does_not_go_together(
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row) + "\n" + json.dumps({"text": "w1", "label": 0}) + "\n")
     assert expected in refused(*CLASSIFY, *options, model=classifier, data=file)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart"])
+def test_the_loss_does_not_depend_on_what_fills_up_rows(name):
+    """Models pool by their own padding token, whatever the tokenizer pads with; here with </s>, as many do."""
+    model, batches = make_classifier(name, num_labels=3, pad_token_id=0), make_texts()
+    filled = [{**b, "input_ids": b["input_ids"].masked_fill(b["attention_mask"] == 0, 1)} for b in batches]
+    plain, other = (initialize(model, rows, InitConfig(rank=4)) for rows in (batches, filled))
+    assert other.loss.sample == pytest.approx(plain.loss.sample, rel=EXACT)
+    assert all(torch.equal(plain.pairs[layer].B, other.pairs[layer].B) for layer in plain.pairs)
+
+
+def test_a_classifier_is_trained_with_its_own_padding():
+    model, rows = make_classifier("gpt2", pad_token_id=0), SimpleNamespace(pad_id=1, labels=THREE)
+    assert _pad_id(model, rows) == 0
+    rows.labels = None
+    assert _pad_id(model, rows) == 1

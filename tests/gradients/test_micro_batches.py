@@ -114,8 +114,11 @@ def test_batches_of_a_custom_loss_are_not_halved(as_mapping: bool) -> None:
 
     targets = select_targets(model, "all-linear")
     batches = [{"input_ids": ids} if as_mapping else (ids,)]
-    with pytest.raises(ResourceError, match=r"a batch does not fit, and cannot be halved.*; give smaller ones"):
-        stream_gradients(LittleMemory(model, 2), targets, WholeModel(model, contrast), batches)
+    stack, objective = LittleMemory(model, 2), WholeModel(model, contrast)
+    with pytest.raises(ResourceError, match=r"a batch does not fit.* is not halved, .*; give smaller batches"):
+        stream_gradients(stack, targets, objective, batches)
+    with pytest.raises(ResourceError, match=r"a batch does not fit.* is not halved, .*; give smaller batches"):
+        stream_losses(stack, objective, batches)
 
 
 def test_weights_that_do_not_fit() -> None:

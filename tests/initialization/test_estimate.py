@@ -84,7 +84,7 @@ def test_activations_of_a_micro_batch_are_about_those_that_a_graph_holds(monkeyp
 
     def counting(stack: BlockStack, block: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         args = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
-        with torch.enable_grad(), held.counted(stack.module(block)):
+        with torch.enable_grad(), held.counted(stack.module(block), "block"):
             answer = run(stack, block, args, kwargs)
         seen.append(held.total)
         return answer

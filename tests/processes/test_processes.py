@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from support.rank_processes import (
 )
 
 from loraone_init import Adapter
+from loraone_init.errors import ConfigError
 from loraone_init.linalg.layer_gradient import LayerGradient
-from loraone_init.processes.distributed import Group
+from loraone_init.processes.distributed import Group, _check_one_kind
 from loraone_init.processes.processes import Alone
 
 SAME_STEP = 1e-5
@@ -155,3 +157,23 @@ def test_layers_are_dealt_out_evenly(size: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_alone_gathers_its_own() -> None:
     assert Alone().gather("x") == ["x"]
+
+
+def test_devices_of_different_kinds_are_refused() -> None:
+    """Ranks on GPUs would wait in NCCL for those that wait in gloo."""
+    _check_one_kind(["cuda:0", "cuda:1"])
+    _check_one_kind(["cpu", "cpu"])
+    with pytest.raises(ConfigError, match=r"kinds: rank 0 is on cuda, rank 2 is on cpu; use --device cpu for all"):
+        _check_one_kind(["cuda:0", "cuda:1", "cpu", "cpu"])
+
+
+def test_the_kinds_are_compared_before_anything_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr("loraone_init.processes.distributed.Watch", lambda *arguments: watch)
+    group = Group(None, 0, 2, "cuda:0")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *arguments, **options: None)
+    monkeypatch.setattr(
+        "torch.distributed.all_gather_object", lambda values, own: values.__setitem__(slice(None), [own, "cpu"])
+    )
+    with pytest.raises(ConfigError, match="different kinds"):
+        group.start()

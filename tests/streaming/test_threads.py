@@ -1,0 +1,78 @@
+"""Micro-batches' threads: what they inherit of the driver's, and what they cost."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support.causal import make_batches, make_model
+from support.own_modules import Blocks, make_inputs, squares
+from torch import nn
+
+from loraone_init import InitConfig, initialize
+from loraone_init.gradients.objective import WholeModel
+from loraone_init.gradients.stream import stream_losses
+from loraone_init.machine import current_device
+from loraone_init.models.blocks import find_blocks
+from loraone_init.streaming.stack import BlockStack
+from loraone_init.weights.base import ResidentStore
+
+
+class Chain(Blocks):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_micro_batch_runs_on_the_stream_and_device_of_its_driver(monkeypatch):
+    """By a stand-in for CUDA: each thread enters the stream of its driver, which sets the device too."""
+    entered = []
+
+    @contextmanager
+    def stream(given):
+        entered.append((given, threading.current_thread()))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the driver's")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    model = Chain([nn.Linear(5, 5)]).double()
+    stack = BlockStack(model, find_blocks(model, "blocks"), ResidentStore())
+    stream_losses(stack, WholeModel(model, squares), make_inputs(rows=(3, 4)))
+    assert [given for given, _ in entered] == ["the driver's"] * 2
+    assert len({thread for _, thread in entered} - {threading.main_thread()}) == 2
+
+
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode, torch.no_grad]
+)
+def test_the_callers_modes_change_nothing(mode):
+    plain = initialize(make_model("llama", torch.float32), make_batches(), InitConfig(rank=4))
+    model = make_model("llama", torch.float32)
+    with mode():
+        other = initialize(model, make_batches(), InitConfig(rank=4))
+    assert other.loss.before == plain.loss.before
+    assert all(torch.equal(other.pairs[name].B, plain.pairs[name].B) for name in plain.pairs)
+
+
+def test_the_models_device_is_the_current_one_while_it_is_initialised(monkeypatch):
+    """By a stand-in for a second GPU."""
+    entered = []
+
+    @contextmanager
+    def current(device):
+        entered.append(str(device))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    with current_device(torch.device("cuda:1")), current_device(torch.device("cpu")):
+        pass
+    assert entered == ["cuda:1"]
+    module = sys.modules["loraone_init.initialization.initialize"]  # the package's name is the function
+    monkeypatch.setattr(module, "current_device", current)
+    initialize(make_model("llama"), make_batches(), InitConfig(rank=4))
+    assert entered == ["cuda:1", "cpu"]
