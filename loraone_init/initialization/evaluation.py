@@ -87,6 +87,10 @@ class Forwards:
         totals, counts, num_rows = map(sum, zip(*self._processes.gather(own), strict=True))
         return totals / counts if counts else math.nan, int(num_rows)
 
+    def tell(self, gamma: float, loss: float) -> None:
+        """Have the monitor know what a search for γ has found."""
+        self._monitor.tried(gamma, loss)
+
     def _on_step(self, done: int, total: int) -> None:
         self._monitor.step("evaluate", self._done * total + done, max(self.expected, self._done + 1) * total)
 
@@ -125,7 +129,10 @@ def evaluate_step(
 
     def loss_at(gamma: float) -> float:
         with applied(pairs, targets, config.scale, gamma):
-            return forwards.mean_loss(rows)[0]
+            loss, _ = forwards.mean_loss(rows)
+        if gamma != config.gamma:
+            forwards.tell(gamma, loss)
+        return loss
 
     trials = Trials(loss_at)
     if config.gamma == AUTO:
