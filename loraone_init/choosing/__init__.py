@@ -6,9 +6,26 @@ May import `gradients` and what stands below it.
 
 from __future__ import annotations
 
-from .gamma import find_gamma
-from .growing import Drawn, Samples
-from .rank_allotment import allot, choose_ranks
-from .sample_size import Growth
+from typing import TYPE_CHECKING
+
+from ..lazy import hand_on
+
+if TYPE_CHECKING:
+    from .gamma import find_gamma
+    from .growing import Drawn, Samples
+    from .rank_allotment import allot, choose_ranks
+    from .sample_size import Growth
+
+__getattr__ = hand_on(
+    __name__,
+    {
+        "Drawn": "growing",
+        "Growth": "sample_size",
+        "Samples": "growing",
+        "allot": "rank_allotment",
+        "choose_ranks": "rank_allotment",
+        "find_gamma": "gamma",
+    },
+)
 
 __all__ = ["Drawn", "Growth", "Samples", "allot", "choose_ranks", "find_gamma"]
