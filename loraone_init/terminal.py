@@ -40,14 +40,16 @@ def print_figures(
     table.add_column(head, overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
+    longest = 0
     for common, lines in groups.items():
         if common:
             table.add_row(Text(common, style="italic"))
         for name, figures in lines.items():
-            table.add_row(Text(f"  {name}" if common else name), *figures)
+            label = f"  {name}" if common else name
+            table.add_row(Text(label), *figures)
+            longest = max(longest, len(common), len(label))
     own_width = Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum
-    names = [head, *groups, *(f"  {name}" for lines in groups.values() for name in lines)]
-    foldable = max(0, max(len(line) for name in names for line in name.splitlines() or [""]) - NAME_WIDTH)
+    foldable = max(0, longest - max(NAME_WIDTH, len(head)))
     width = max(console.width, own_width - foldable) if console.is_terminal else own_width
     before, console.width = console.width, width
     try:
