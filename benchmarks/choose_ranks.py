@@ -45,7 +45,7 @@ from loraone_init.linalg.svd import TruncatedSVD
 from loraone_init.models.opening import OpenModel
 from loraone_init.models.sources import resolve_model
 from loraone_init.streaming.stack import BlockStack
-from loraone_init.training.trainer import TrainOptions, train
+from loraone_init.training import TrainOptions, train
 
 HERE = Path(__file__).parent
 HELD_OUT = 16

@@ -23,7 +23,7 @@ from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batc
 from loraone_init.adapter.records import Preconditioner
 from loraone_init.data.sample import Sample
 from loraone_init.models.sources import LocalModel, resolve_model
-from loraone_init.training.trainer import TrainOptions, train
+from loraone_init.training import TrainOptions, train
 
 HERE = Path(__file__).parent
 VARIANTS = [

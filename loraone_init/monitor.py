@@ -12,7 +12,10 @@ Stage = Literal["open", "data", "forward", "head", "backward", "svd", "evaluate"
 
 
 class Monitor:
-    """Keeps the seconds of each stage, a stage inside another counted for itself only. Override `step` to show bars."""
+    """Keeps the seconds of each stage, a stage inside another counted for itself only.
+
+    Override `step` and `tried` to show them.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[Stage, float] = defaultdict(float)
@@ -32,6 +35,9 @@ class Monitor:
 
     def step(self, stage: Stage, done: int, total: int) -> None:
         """`done` of `total` steps of a stage are over."""
+
+    def tried(self, gamma: float, loss: float) -> None:
+        """The search for γ has measured the mean loss after the step with this one."""
 
     def _charge(self) -> None:
         now = time.perf_counter()

@@ -28,10 +28,11 @@ from ..base_model import BaseModel
 from ..companions import copy_companions
 from ..lora_weights import LoraWeights
 from .causal import causal_lm, causal_reference, compare_causal
-from .export import PARITY, OnnxOptions, open_model, sample_prompt
+from .export import PARITY, open_model, sample_prompt
 from .genai_config import write_genai_config
 from .layout import GRAPH
-from .parity import ATOL, check
+from .options import ATOL, OnnxOptions
+from .parity import check
 from .stitch import save_graph
 from .trace import trace
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ConfigError, ExportError
-from loraone_init.extras import require
 
 from ..base_model import AUTO_CLASSES, BaseModel
 from ..companions import copy_companions
@@ -26,9 +25,9 @@ from ..lora_weights import LoraWeights
 from ..merged import write_merged
 from .causal import compare_causal
 from .genai import build_genai, check_builder
-from .genai import require_packages as require_genai
 from .genai_config import write_genai_config
-from .parity import ATOL, check
+from .options import ATOL, OnnxOptions
+from .parity import check
 from .quantize import quantize
 from .stitch import save_graph
 from .tasks import TASKS, OnnxTask
@@ -40,39 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Engine = Literal["torch", "genai"]
-DType = Literal["fp32", "fp16", "int8", "int4"]
-
-DEFAULT_OPSET = 20
 PARITY = "parity.json"
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """engine: what writes the graph. opset: of the torch engine. atol: on outputs; None for the default of `dtype`.
-
-    Raises ConfigError for what cannot work, MissingPackageError for a package that is not installed.
-    """
-
-    engine: Engine = "torch"
-    dtype: DType = "fp32"
-    opset: int = DEFAULT_OPSET
-    atol: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.dtype == "bf16":  # type: ignore[comparison-overlap]  # offered on the command line, to say why not
-            raise ConfigError("ONNX Runtime's CPU provider has no kernels for bf16; take fp32, fp16, int8 or int4")
-        if not 18 <= self.opset <= 23:
-            raise ConfigError(f"opset {self.opset} is not one that torch exports to; take 18 to 23")
-        require_packages(self.engine)
-
-
-def require_packages(engine: Engine) -> None:
-    """Raise MissingPackageError where a package is not installed that the engine needs."""
-    if engine == "torch":
-        require("onnx", "onnxscript", "onnx_ir", by="an export to ONNX")
-    else:
-        require_genai()
 
 
 def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxOptions) -> dict[str, Any]:

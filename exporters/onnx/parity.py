@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ATOL = {"fp32": 5e-3, "fp16": 0.5}
-"""Allowed by default. Quantized weights have no limit but the one that is asked for: it depends on the model."""
-
 NUM_TOKENS = 16
 """Tokens of the greedy continuation that are compared."""
 

@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from ..adapter.wording import count, describe_sample
@@ -25,6 +22,7 @@ from ..layers.targets import layer_shape, select_targets
 from ..machine import describe_size, used_memory
 from ..models.opening import OpenModel
 from ..models.placement import Place
+from ..terminal import print_facts
 
 
 def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth | None = None) -> dict[str, Any]:
@@ -70,9 +68,6 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(content, indent=2, allow_nan=False))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     memory = content["memory_bytes"]
     budget = content["rank_budget"]
     ranks = f"of rank {content['rank']}"
@@ -87,7 +82,7 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
         "working": "a micro-batch",
     }
     at_most = "at most " if content["growth"] else ""
-    for label, value in (
+    facts = [
         ("base", str(content["base"])),
         ("layers", f"{sum(kind['count'] for kind in content['layers'])} {ranks}"),
         *[
@@ -105,9 +100,8 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
             "time",
             f"{at_most}about {count(max(1, round(content['seconds'])), 'second')}, by this machine's matrix rate now",
         ),
-    ):
-        table.add_row(label, Text(value))
-    Console().print(table)
+    ]
+    print_facts(facts)
 
 
 def _describe_growth(growth: Mapping[str, Any]) -> str:

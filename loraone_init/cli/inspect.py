@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import click
 
 from ..failures import one_line_errors
 from ..version import __version__
-from .support import CONTEXT, Command, start_logging
+from .support import CONTEXT, Command, report_options, start_logging, under
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -19,54 +19,66 @@ if TYPE_CHECKING:
     from ..inspection.facts import Anomaly, LayerFacts
 
 
+_show, _page = under("What is shown"), under("Page")
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """One field for each argument and option of the command; None for what was not given."""
+
+    adapter: Path
+    html: Path | None
+    compare: Path | None
+    every_layer: bool
+    overwrite: bool
+    as_json: bool
+    verbose: bool
+
+
 @click.command("loraone-inspect", cls=Command, context_settings=CONTEXT)
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures; it needs no network.")
-@click.option("--compare", type=click.Path(path_type=Path), help="Another adapter: angles between both, by layer.")
-@click.option("--layers", "every_layer", is_flag=True, help="A line for every layer, not only for groups of them.")
-@click.option("--overwrite", is_flag=True, help="Write a page that exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on standard output.")
-@click.option("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks.")
+@_show("--layers", "every_layer", is_flag=True, help="A line for every layer, not only for groups of them.")
+@_show("--compare", type=click.Path(path_type=Path), help="Another adapter: angles between both, by layer.")
+@_page("--html", type=click.Path(path_type=Path), help="Write a page with pictures; it needs no network.")
+@_page("--overwrite", is_flag=True, help="Write a page that exists.")
+@report_options
 @click.version_option(__version__, prog_name="loraone-inspect")
-def main(
-    adapter: Path,
-    html: Path | None,
-    compare: Path | None,
-    every_layer: bool,
-    overwrite: bool,
-    as_json: bool,
-    verbose: bool,
-) -> None:
+def main(**given: Any) -> None:
     """Show what an ADAPTER of loraone-init or loraone-train holds: one file, or a directory.
 
     \b
       loraone-inspect adapters.safetensors --html report.html
       loraone-inspect trained --compare adapters.safetensors
     """
-    with one_line_errors(verbose):
-        start_logging(as_json, verbose)
-        if html is not None:
-            _check_page(html, overwrite)
-        from ..adapter.adapter import Adapter
-        from ..inspection.comparison import compare_adapters
-        from ..inspection.facts import find_anomalies, layer_facts
+    options = InspectOptions(**given)
+    with one_line_errors(options.verbose):
+        _run(options)
 
-        shown = Adapter.load(adapter)
-        facts = layer_facts(shown)
-        anomalies = find_anomalies(facts)
-        comparison = compare_adapters(shown, Adapter.load(compare)) if compare else None
-        if html is not None:
-            _write_page(html, shown, facts, anomalies, comparison, str(compare))
-        if as_json:
-            click.echo(json.dumps(_as_json(adapter, shown, facts, anomalies, comparison), indent=2))
-            return
-        from ..inspection.tables import print_adapter, print_comparison
 
-        print_adapter(shown, facts, anomalies, every_layer)
-        if comparison is not None:
-            print_comparison(comparison, str(compare), every_layer)
-        if html is not None:
-            click.echo(f"written: {html}")
+def _run(options: InspectOptions) -> None:
+    start_logging(options.as_json, options.verbose)
+    if options.html is not None:
+        _check_page(options.html, options.overwrite)
+    from ..adapter.adapter import Adapter
+    from ..inspection.comparison import compare_adapters
+    from ..inspection.facts import find_anomalies, layer_facts
+    from ..inspection.tables import print_adapter, print_comparison
+
+    shown = Adapter.load(options.adapter)
+    facts = layer_facts(shown)
+    anomalies = find_anomalies(facts)
+    other = options.compare
+    comparison = compare_adapters(shown, Adapter.load(other)) if other else None
+    if options.html is not None:
+        _write_page(options.html, shown, facts, anomalies, comparison, str(other))
+    if options.as_json:
+        click.echo(json.dumps(_as_json(options.adapter, shown, facts, anomalies, comparison), indent=2))
+        return
+    print_adapter(shown, facts, anomalies, options.every_layer)
+    if comparison is not None:
+        print_comparison(comparison, str(other), options.every_layer)
+    if options.html is not None:
+        click.echo(f"written: {options.html}")
 
 
 def _check_page(path: Path, overwrite: bool) -> None:
@@ -79,7 +91,12 @@ def _check_page(path: Path, overwrite: bool) -> None:
 
 
 def _write_page(
-    path: Path, adapter: Any, facts: list[LayerFacts], anomalies: list[Anomaly], comparison: Any, other: str
+    path: Path,
+    adapter: Adapter,
+    facts: list[LayerFacts],
+    anomalies: list[Anomaly],
+    comparison: Comparison | None,
+    other: str,
 ) -> None:
     from ..atomic import atomic_file
     from ..inspection.page import render_page

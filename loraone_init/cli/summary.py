@@ -1,4 +1,4 @@
-"""What the user sees: progress bars while it runs, a summary when it is done."""
+"""The summary of a run: a table, or JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ..adapter.adapter import Adapter
 from ..adapter.files import DIRECTORY_FILES, is_single_file
@@ -20,6 +18,7 @@ from ..adapter.wording import count, describe_growth, describe_sample, describe_
 from ..layers.expert_layout import expert_names
 from ..machine import Peaks, describe_size
 from ..monitor import Monitor
+from ..terminal import print_facts
 from .trainer_lines import lines_for_trainers
 
 
@@ -98,10 +97,7 @@ def warn_if_worse(loss: LossReport, gamma: float) -> None:
 
 def _print_table(summary: Mapping[str, Any]) -> None:
     sample = summary["sample"]
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for label, value in (
+    facts = [
         ("base", str(summary["base"])),
         ("layers", f"{summary['layers']} of rank {_describe_ranks(summary)}, {summary['parameters']:,} parameters"),
         *([("experts", _describe_experts(summary["experts"]))] if summary["experts"] else []),
@@ -117,14 +113,13 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
         ("peak memory", _describe_peak(summary)),
         ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
-    ):
-        table.add_row(label, Text(value))
+    ]
     odd = summary["layers_not_spectral"]
     if odd:
         text = f"{count(len(odd), 'layer')} with a gradient of lower rank, or none, such as {next(iter(odd))}"
-        table.add_row("standard rows", Text(text))
+        facts.append(("standard rows", text))
+    print_facts(facts)
     console = Console()
-    console.print(table)
     for trainer, lines in summary["trainers"].items():
         console.print(f"\n[bold]{trainer}[/bold]")
         console.print(lines, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What all commands share: one-line errors, exit codes, log messages, reading of option values."""
+"""What all commands share: headings in the help, options, log messages, reading of option values."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from ..data.options import DataOptions
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
     _ParamType = click.ParamType  # not generic before click 8.2
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -25,13 +30,45 @@ CONTEXT = {
 }
 
 
+OTHER = "Other"
+"""The heading of options that stand under no other."""
+
+
+class Option(click.Option):
+    """An option with the heading that the help shows it under."""
+
+    def __init__(self, *args: Any, heading: str = OTHER, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading
+        if self.metavar is None and isinstance(self.type, (click.types.IntParamType, click.types.FloatParamType)):
+            self.metavar = "N" if isinstance(self.type, click.types.IntParamType) else "X"
+
+
+def under(heading: str) -> Callable[..., Callable[[_Function], _Function]]:
+    """`click.option` for options under this heading of the help."""
+    return partial(click.option, cls=Option, heading=heading)
+
+
 class Command(click.Command):
-    """A command that prints "?" for what the terminal cannot show (α in Windows' cp1252), rather than fail."""
+    """A command whose help has its options under headings, in the order in which the headings first appear.
+
+    It prints "?" for what the terminal cannot show (α in Windows' cp1252), rather than fail.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
             sys.stdout.reconfigure(errors="replace")
         return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if isinstance(param, click.Option) and record is not None:
+                sections.setdefault(getattr(param, "heading", OTHER), []).append(record)
+        for heading in sorted(sections, key=OTHER.__eq__):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
 
 
 class OrAuto(_ParamType):
@@ -50,35 +87,44 @@ class OrAuto(_ParamType):
             self.fail(f"{error.message.rstrip('.')}, nor the word auto.", param, ctx)
 
 
-def row_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how rows are read and what of them is trained on."""
-    for option in reversed(
-        (
-            click.option("--split", help="Split of a hub data set.  [default: train]"),
-            click.option("--columns", help="Which columns to read, such as prompt=question,completion=answer."),
-            click.option(
-                "--completion-only/--all-tokens",
-                default=None,
-                help="Train on completions only, or on all tokens.  [default: completions, where there are prompts]",
-            ),
-            click.option("--assistant-only", is_flag=True, help="Train on the assistant's messages only."),
-        )
-    ):
-        function = option(function)
-    return function
+def together(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(function: _Function) -> _Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-def source_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options that say how the hub is asked."""
-    for option in reversed(
-        (
-            click.option("--revision", help="Branch, tag or commit of a hub model."),
-            click.option("--token", help="Hub token.  [default: HF_TOKEN]"),
-            click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
-        )
-    ):
-        function = option(function)
-    return function
+_data, _hub, _messages = under("Data"), under("Hub"), under("Messages")
+
+row_options = together(
+    _data("--columns", help="Which columns to read, such as prompt=question,completion=answer."),
+    _data(
+        "--completion-only/--all-tokens",
+        default=DataOptions.completion_only,
+        help="Train on completions only, or on all tokens.  [default: completions, where there are prompts]",
+    ),
+    _data("--assistant-only", is_flag=True, help="Train on the assistant's messages only."),
+    _data("--split", help="Split of a hub data set.  [default: train]"),
+)
+"""How rows are read, and what of them is trained on."""
+
+source_options = together(
+    _hub("--revision", help="Branch, tag or commit of a hub model."),
+    _hub("--token", help="Hub token.  [default: HF_TOKEN]"),
+    _hub("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+)
+"""How the hub is asked."""
+
+_json = _messages("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+_quiet = _messages("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
+_verbose = _messages("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks.")
+message_options = together(_json, _quiet, _verbose)
+report_options = together(_json, _verbose)
+"""Of a command that has nothing to say but its result."""
 
 
 def start_logging(quiet: bool, verbose: bool, silent: bool = False) -> None:
@@ -89,16 +135,24 @@ def start_logging(quiet: bool, verbose: bool, silent: bool = False) -> None:
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logger.setLevel(logging.ERROR if silent else level)
     if not verbose:
-        warnings.simplefilter("ignore")
-        for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last complains of torchao
-            logging.getLogger(library).setLevel(logging.ERROR)
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        _silence_libraries()
         if quiet:
+            from huggingface_hub.utils.tqdm import disable_progress_bars
+
             disable_progress_bars()
+
+
+def _silence_libraries() -> None:
+    """No library has a word to say: neither as warnings, nor by loggers, with handlers of their own or without."""
+    warnings.simplefilter("ignore")
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.NullHandler())  # else Python prints the warnings of all
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last complains of torchao
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 class _StandardError(logging.Handler):

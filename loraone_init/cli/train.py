@@ -3,83 +3,105 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from ..data.options import DataOptions
 from ..failures import one_line_errors
+from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions
 from ..version import __version__
-from .support import CONTEXT, Command, row_options, source_options, start_logging
+from .support import CONTEXT, Command, message_options, row_options, source_options, start_logging, under
+from .train_options import TrainCommand
 
 if TYPE_CHECKING:
-    from ..training.trainer import Outcome, TrainOptions
+    from ..data.sample import Sample
+    from ..training.trainer import Outcome
 
-
-logger = logging.getLogger(__name__)
-
-ALL_ROWS = 2**62
+_files = under("Adapter and output")
+_data = under("Data")
+_step = under("Steps")
+_memory = under("Memory and speed")
+_progress = under("Progress and checkpoints")
 
 
 @click.command("loraone-train", cls=Command, context_settings=CONTEXT)
 @click.argument("model")
 @click.argument("data")
-@click.option("--adapter", required=True, type=click.Path(path_type=Path), help="What loraone-init wrote.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the result.")
-@click.option("--epochs", default=1.0, help="Times to go through the data.")
-@click.option("--max-steps", type=click.IntRange(min=1), help="Steps to take, whatever --epochs says.")
-@click.option("--learning-rate", default=2e-4, help="At its highest.")
-@click.option("--schedule", default="linear", type=click.Choice(["linear", "cosine", "constant"]), help="Its course.")
-@click.option("--warmup", default=0.0, help="Steps, or a share of all below 1, in which it rises from 0.")
-@click.option("--batch-size", default=8, type=click.IntRange(min=1), help="Rows in each process.")
-@click.option("--accumulation", default=1, type=click.IntRange(min=1), help="Batches of one step.")
-@click.option("--weight-decay", default=0.0, help="Of AdamW, decoupled.")
-@click.option("--max-grad-norm", default=1.0, help="Gradients are clipped to it; 0 for no clipping.")
-@click.option(
+@_files("--adapter", required=True, type=click.Path(path_type=Path), help="What loraone-init wrote.")
+@_files("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the result.")
+@_files("--resume", is_flag=True, help="Go on from the last whole checkpoint in the output.")
+@_files("--overwrite", is_flag=True, help="Write into an output that exists.")
+@_step("--epochs", default=TrainOptions.epochs, help="Times to go through the data.")
+@_step("--max-steps", type=click.IntRange(min=1), help="Steps to take, whatever --epochs says.")
+@_step("--learning-rate", default=TrainOptions.learning_rate, help="At its highest.")
+@_step("--schedule", default=TrainOptions.schedule, type=click.Choice(get_args(Schedule)), help="Its course.")
+@_step("--warmup", default=TrainOptions.warmup, help="Steps, or a share of all below 1, in which it rises from 0.")
+@_step("--batch-size", default=TrainOptions.batch_size, type=click.IntRange(min=1), help="Rows in each process.")
+@_step("--accumulation", default=TrainOptions.accumulation, type=click.IntRange(min=1), help="Batches of one step.")
+@_step(
     "--optimizer",
-    default="preconditioned",
-    type=click.Choice(["preconditioned", "adamw"]),
+    default=TrainOptions.optimizer,
+    type=click.Choice(get_args(OptimizerName)),
     help="AdamW on preconditioned gradients, or plain.",
 )
-@click.option("--damping", type=float, help="Of the preconditioner.  [default: what the adapter records]")
-@click.option("--precision", default="fp32", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of the computation.")
-@click.option("--gradient-checkpointing", is_flag=True, help="Compute activations twice, to save memory.")
-@click.option("--samples", type=click.IntRange(min=1), help="Rows to draw from the data.  [default: all]")
-@click.option("--max-length", default=1024, type=click.IntRange(min=2), help="Tokens kept of a row.")
+@_step("--damping", type=float, help="Of the preconditioner.  [default: what the adapter records]")
+@_step("--weight-decay", default=TrainOptions.weight_decay, help="Of AdamW, decoupled.")
+@_step("--max-grad-norm", default=TrainOptions.max_grad_norm, help="Gradients are clipped to it; 0 for no clipping.")
+@_step("--seed", default=TrainOptions.seed, help="Seeds the order of rows, and dropout.")
+@_data("--samples", type=click.IntRange(min=1), help="Rows to draw from the data.  [default: all]")
+@_data("--max-length", default=DataOptions.max_length, type=click.IntRange(min=2), help="Tokens kept of a row.")
+@_data("--eval-data", help="File or hub data set to evaluate on, before, after each epoch and at the end.")
+@_data("--eval-split", help="Split of DATA, or of --eval-data, to evaluate on.")
 @row_options
-@click.option("--eval-data", help="File or hub data set to evaluate on, before, after each epoch and at the end.")
-@click.option("--eval-split", help="Split of DATA, or of --eval-data, to evaluate on.")
-@click.option("--logging-steps", default=10, type=click.IntRange(min=1), help="Steps between two lines of progress.")
-@click.option("--save-steps", default=500, type=click.IntRange(min=1), help="Steps between two checkpoints.")
-@click.option("--report-to", default="none", type=click.Choice(["none", "tensorboard"]), help="Where curves go.")
-@click.option("--device", default="auto", type=click.Choice(["auto", "cpu"]), help="auto takes GPUs where there are.")
-@click.option("--seed", default=0, help="Seeds the order of rows, and dropout.")
-@click.option("--resume", is_flag=True, help="Go on from the last whole checkpoint in the output.")
+@_memory(
+    "--device",
+    default=TrainOptions.device,
+    type=click.Choice(get_args(Device)),
+    help="auto takes GPUs where there are.",
+)
+@_memory(
+    "--precision", default=TrainOptions.precision, type=click.Choice(get_args(Precision)), help="Of the computation."
+)
+@_memory("--gradient-checkpointing", is_flag=True, help="Compute activations twice, to save memory.")
+@_progress(
+    "--logging-steps",
+    default=TrainOptions.logging_steps,
+    type=click.IntRange(min=1),
+    help="Steps between two lines of progress.",
+)
+@_progress(
+    "--save-steps",
+    default=TrainOptions.save_steps,
+    type=click.IntRange(min=1),
+    help="Steps between two checkpoints.",
+)
+@_progress("--report-to", default=TrainOptions.report_to, type=click.Choice(get_args(Reports)), help="Where curves go.")
 @source_options
-@click.option("--overwrite", is_flag=True, help="Write into an output that exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-@click.option("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
-@click.option("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks.")
+@message_options
 @click.version_option(__version__, prog_name="loraone-train")
-def main(verbose: bool, quiet: bool, **options: Any) -> None:
+def main(**given: Any) -> None:
     """Train the adapter of MODEL on DATA, on from where loraone-init left it.
 
     MODEL and DATA are as for loraone-init, and tokens and label masks too. The output is a PEFT directory; its
     adapter_model.safetensors is our single-file form as well.
 
     \b
-      loraone-train demo examples/gsm8k.jsonl --adapter adapters.safetensors -o trained --max-steps 20
-      torchrun --no-python --nproc-per-node 2 loraone-train MODEL DATA --adapter adapters.safetensors -o trained
+      loraone-train demo examples/gsm8k.jsonl --adapter adapters.safetensors \\
+        -o trained --max-steps 20
+      torchrun --no-python --nproc-per-node 2 loraone-train MODEL DATA \\
+        --adapter adapters.safetensors -o trained
     """
-    with one_line_errors(verbose):
-        _run(verbose, quiet, **options)
+    options = TrainCommand(**given)
+    with one_line_errors(options.verbose):
+        _run(options)
 
 
-def _run(
-    verbose: bool, quiet: bool, *, model: str, data: str, adapter: Path, output: Path, as_json: bool, **options: Any
-) -> None:
+def _run(options: TrainCommand) -> None:
+    is_main = os.environ.get("RANK", "0") == "0"
+    start_logging(options.quiet or options.as_json or not is_main, options.verbose)
     from ..adapter.adapter import Adapter
     from ..adapter.files import is_single_file
     from ..data import rows as data_rows
@@ -87,50 +109,44 @@ def _run(
     from ..models.sources import resolve_model
     from ..models.tokenizer import load_tokenizer
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_single_file(output):
-        raise OutputError(f"{output}: a training writes a directory, with checkpoints; leave .safetensors out")
-    settings = _train_options(options)
-    start_logging(quiet or as_json or not is_main, verbose)
+    if is_single_file(options.output):
+        raise OutputError(f"{options.output}: a training writes a directory, with checkpoints; leave .safetensors out")
+    settings, rows, evaluated = options.training(), options.rows(), options.rows_to_evaluate()
     from ..training.checkpoints import own_checkpoints, remove
     from ..training.trainer import require_packages, train
 
     require_packages(settings)
-    for needed in filter(None, (data, options["eval_data"])):
+    for needed in filter(None, (options.data, options.eval_data)):
         data_rows.require_packages(needed)
     if is_main:  # the others would find what this one writes
-        _check_output(output, options["overwrite"], options["resume"])
-    start = Adapter.load(adapter)
+        _check_output(options.output, options.overwrite, options.resume)
+    start = Adapter.load(options.adapter)
     if start.task_type not in ("CAUSAL_LM", None):
         raise ConfigError(
-            f"{adapter} is for {start.task_type}, and loraone-train trains causal language models only; load it with"
-            " PEFT in another trainer"
+            f"{options.adapter} is for {start.task_type}, and loraone-train trains causal language models only; load it"
+            " with PEFT in another trainer"
         )
-    source = resolve_model(
-        model,
-        revision=options["revision"],
-        token=options["token"],
-        trust_remote_code=options["trust_remote_code"],
-    )
-    tokenizer = load_tokenizer(source, options["trust_remote_code"])
-    rows = _load(data, tokenizer, options, options["split"])
+    trust = options.trust_remote_code
+    source = resolve_model(options.model, revision=options.revision, token=options.token, trust_remote_code=trust)
+    tokenizer = load_tokenizer(source, trust)
+    data = _load(options.data, tokenizer, rows, options.token)
     evaluation = None
-    if options["eval_data"] or options["eval_split"]:
-        evaluation = _load(options["eval_data"] or data, tokenizer, options, options["eval_split"])
-    if is_main and not options["resume"]:  # --overwrite has been said
-        remove(own_checkpoints(output))
+    if evaluated is not None:
+        evaluation = _load(options.eval_data or options.data, tokenizer, evaluated, options.token)
+    if is_main and not options.resume:  # --overwrite has been said
+        remove(own_checkpoints(options.output))
     outcome = train(
         source,
         start,
-        rows,
-        output,
+        data,
+        options.output,
         settings,
         evaluation=evaluation,
-        resume=options["resume"],
-        trust_remote_code=options["trust_remote_code"],
+        resume=options.resume,
+        trust_remote_code=trust,
     )
     if is_main:
-        _finish(outcome, output, as_json)
+        _finish(outcome, options.output, options.as_json)
 
 
 def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
@@ -146,29 +162,10 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
                 raise OutputError(f"{output / name} exists already; choose another output, or pass --overwrite")
 
 
-def _load(data: str, tokenizer: Any, options: dict[str, Any], split: str | None) -> Any:
-    from ..data.formats import parse_columns
-    from ..data.options import DataOptions
+def _load(data: str, tokenizer: Any, rows: DataOptions, token: str | None) -> Sample:
     from ..data.sample import load_batches
 
-    wanted = DataOptions(
-        samples=options["samples"] or ALL_ROWS,
-        max_length=options["max_length"],
-        split=split,
-        columns=parse_columns(options["columns"]) if options["columns"] else None,
-        completion_only=options["completion_only"],
-        assistant_only=options["assistant_only"],
-        seed=options["seed"],
-    )
-    return load_batches(data, tokenizer, wanted, token=options["token"])
-
-
-def _train_options(options: dict[str, Any]) -> TrainOptions:
-    from dataclasses import fields
-
-    from ..training.trainer import TrainOptions
-
-    return TrainOptions(**{field.name: options[field.name] for field in fields(TrainOptions)})
+    return load_batches(data, tokenizer, rows, token=token)
 
 
 def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:

@@ -5,9 +5,25 @@ May import none of the other packages.
 
 from __future__ import annotations
 
-from .classification_rows import read_labels
-from .labels import Labels
-from .options import DataOptions
-from .sample import Sample, load_batches
+from typing import TYPE_CHECKING
+
+from ..lazy import hand_on
+
+if TYPE_CHECKING:
+    from .classification_rows import read_labels
+    from .labels import Labels
+    from .options import DataOptions
+    from .sample import Sample, load_batches
+
+__getattr__ = hand_on(
+    __name__,
+    {
+        "DataOptions": "options",
+        "Labels": "labels",
+        "Sample": "sample",
+        "load_batches": "sample",
+        "read_labels": "classification_rows",
+    },
+)
 
 __all__ = ["DataOptions", "Labels", "Sample", "load_batches", "read_labels"]

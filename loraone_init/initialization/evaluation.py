@@ -85,6 +85,10 @@ class LossEvaluator:
         totals, counts, num_rows = map(sum, zip(*self._processes.gather(own), strict=True))
         return totals / counts if counts else math.nan, int(num_rows)
 
+    def tell(self, gamma: float, loss: float) -> None:
+        """Have the monitor know what a search for γ has found."""
+        self._monitor.tried(gamma, loss)
+
     def _on_step(self, done: int, total: int) -> None:
         self._monitor.step("evaluate", self._done * total + done, max(self._expected, self._done + 1) * total)
 
@@ -122,7 +126,10 @@ def evaluate_step(
 
     def loss_at(gamma: float) -> float:
         with applied(pairs, targets, config.scale, gamma):
-            return evaluator.mean_loss(rows)[0]
+            loss, _ = evaluator.mean_loss(rows)
+        if gamma != config.gamma:
+            evaluator.tell(gamma, loss)
+        return loss
 
     trials = Trials(loss_at)
     suggested = None

@@ -3,75 +3,73 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
+from typing import TypeVar
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ..adapter.adapter import Adapter
 from ..adapter.records import LayerReport
 from ..adapter.wording import count, describe_growth, describe_ranks, describe_search, loss_text
+from ..terminal import print_facts, print_figures
 from .comparison import Comparison, LayerComparison
-from .facts import Anomaly, LayerFacts, by_depth, by_kind
-from .layer_names import place_of
+from .facts import Anomaly, LayerFacts
+from .layer_names import Place, place_of
+
+_Item = TypeVar("_Item")
 
 MAX_ANOMALIES = 12
-_COLUMNS = ("captured min", "median", "sin∠ max", "‖ΔW‖")
+_NORM, _CAPTURED = "‖G‖", ("captured\nmin", "\nmedian", "sin∠\nmax", "‖ΔW‖")
+_ANGLES = ("∠ out\nmax", "∠ in\nmax", "∠ out\nmean", "∠ in\nmean", "cos ΔW", "‖ΔW‖\nratio")
+
+Groups = dict[str, dict[str, list[_Item]]]
+"""What a table has a line for: by the stack of blocks that is printed once, and by the rest of the name."""
 
 
 def print_adapter(
     adapter: Adapter, facts: Sequence[LayerFacts], anomalies: Sequence[Anomaly], every_layer: bool
 ) -> None:
-    console = Console()
-    _print_head(console, adapter)
-    _print_anomalies(console, anomalies, every_layer)
-    layers = list(facts)
-    kinds = {_joined(stack, kind): group for (stack, kind), group in by_kind(layers).items()}
+    print_facts(_head(adapter))
+    _print_anomalies(anomalies, every_layer)
+    layers = {fact.name: fact for fact in facts}
     several = len(set(adapter.ranks.values())) > 1
-    console.print(_table("layer type", kinds, several))
-    depths = {_joined(stack, str(depth)): group for (stack, depth), group in by_depth(layers).items()}
-    if depths:
-        console.print(_table("block", depths, several))
-    single = {fact.name: [fact] for fact in layers}
+    kinds = _by_kind(layers)
+    _print_layers("layer type", kinds, several)
+    if depths := _by_depth(layers):
+        _print_layers("block", depths, several)
     if every_layer:
-        console.print(_table("layer", single, several))
+        _print_layers("layer", _single(layers), several)
     if adapter.growth is not None:
-        console.print(_agreement_table(single if every_layer else kinds))
+        _print_agreement(_single(layers) if every_layer else kinds)
 
 
 def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> None:
     console = Console()
     console.print(Text(f"Against {other}: principal angles, 0° where the subspaces agree", style="bold"))
-    groups: dict[str, list[LayerComparison]] = {}
-    for name, both in comparison.layers.items():
-        place = place_of(name)
-        groups.setdefault(name if every_layer else _joined(place.stack, place.kind), []).append(both)
-    table = Table(box=None, pad_edge=False)
-    columns = ("∠ out max", "∠ in max", "∠ out mean", "∠ in mean", "cos ΔW", "‖ΔW‖ ratio")
-    table.add_column("layer" if every_layer else "layer type, median", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, alike in groups.items():
-        ratios = [both.ratio for both in alike if both.ratio is not None]
-        table.add_row(
-            Text(name),
-            f"{median(both.output_angles[-1] for both in alike):.1f}°",
-            f"{median(both.input_angles[-1] for both in alike):.1f}°",
-            f"{median(_mean(both.output_angles) for both in alike):.1f}°",
-            f"{median(_mean(both.input_angles) for both in alike):.1f}°",
-            f"{median(both.cosine for both in alike):.3f}",
-            f"{median(ratios):.3g}" if ratios else "–",
-        )
-    console.print(table)
+    groups = _single(comparison.layers) if every_layer else _by_kind(comparison.layers)
+    print_figures("layer" if every_layer else "layer type, median", _ANGLES, _lines(groups, _angles))
     for where, names in (("the first", comparison.only_first), ("the second", comparison.only_second)):
         if names:
             console.print(Text(f"only in {where}: {count(len(names), 'layer')}, such as {names[0]}"))
 
 
-def _print_head(console: Console, adapter: Adapter) -> None:
+def _angles(alike: Sequence[LayerComparison]) -> list[str]:
+    """Medians."""
+    ratios = [both.ratio for both in alike if both.ratio is not None]
+    return [
+        f"{median(both.output_angles[-1] for both in alike):.1f}°",
+        f"{median(both.input_angles[-1] for both in alike):.1f}°",
+        f"{median(_mean(both.output_angles) for both in alike):.1f}°",
+        f"{median(_mean(both.input_angles) for both in alike):.1f}°",
+        f"{median(both.cosine for both in alike):.3f}",
+        f"{median(ratios):.3g}" if ratios else "–",
+    ]
+
+
+def _head(adapter: Adapter) -> list[tuple[str, str]]:
     config, loss = adapter.config, adapter.loss
     after = loss_text(loss.after)
     ranks = describe_ranks([*adapter.ranks.values()])
@@ -90,15 +88,11 @@ def _print_head(console: Console, adapter: Adapter) -> None:
         first, last = adapter.training["first_loss"], adapter.training["last_loss"]
         told = f", loss {first:.4f} → {last:.4f}" if first is not None else ""
         lines["trained"] = f"{count(adapter.training['steps'], 'step')}{told}"
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for label, line in lines.items():
-        table.add_row(label, Text(line))
-    console.print(table)
+    return [*lines.items()]
 
 
-def _print_anomalies(console: Console, anomalies: Sequence[Anomaly], every_one: bool) -> None:
+def _print_anomalies(anomalies: Sequence[Anomaly], every_one: bool) -> None:
+    console = Console()
     if not anomalies:
         console.print("\n[bold]Nothing out of the ordinary[/bold]\n")
         return
@@ -111,20 +105,16 @@ def _print_anomalies(console: Console, anomalies: Sequence[Anomaly], every_one: 
     console.print()
 
 
-def _table(head: str, groups: dict[str, list[LayerFacts]], several_ranks: bool) -> Table:
-    """A line for each group; of norms and ratios the median, unless the name of the column says otherwise.
+def _print_layers(head: str, groups: Groups[LayerFacts], several_ranks: bool) -> None:
+    """Of norms and ratios the median, unless the name of the column says otherwise.
 
     Where ranks differ they are shown in place of σ_r/σ₁, which is then of unlike r.
     """
-    table = Table(box=None, pad_edge=False)
-    table.add_column(head, no_wrap=True)
-    for column in ("layers", "‖G‖", "rank" if several_ranks else "σ_r/σ₁", *_COLUMNS):
-        table.add_column(column, justify="right")
-    for name, layers in groups.items():
+
+    def figures(layers: Sequence[LayerFacts]) -> list[str]:
         reports = [fact.report for fact in layers]
         sines = [report.sine for report in reports if report.sine is not None]
-        table.add_row(
-            Text(name),
+        return [
             str(len(layers)),
             f"{median(report.gradient_norm for report in reports):.2e}",
             _span(reports) if several_ranks else _ratio(reports),
@@ -132,8 +122,10 @@ def _table(head: str, groups: dict[str, list[LayerFacts]], several_ranks: bool) 
             f"{median(report.captured_energy for report in reports):.1%}",
             f"{max(sines):.0e}" if sines else "no gap",
             f"{median(fact.step_norm for fact in layers):.3g}",
-        )
-    return table
+        ]
+
+    columns = ("layers", _NORM, "rank" if several_ranks else "σ_r/σ₁", *_CAPTURED)
+    print_figures(head, columns, _lines(groups, figures))
 
 
 def _span(reports: Sequence[LayerReport]) -> str:
@@ -148,22 +140,48 @@ def _ratio(reports: Sequence[LayerReport]) -> str:
     return f"{median(ratios):.3f}" if ratios else "–"
 
 
-def _agreement_table(groups: dict[str, list[LayerFacts]]) -> Table:
+def _print_agreement(groups: Groups[LayerFacts]) -> None:
     """How far the halves of the sample agree in each group: medians, and the least of all."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("halves of the sample agree", no_wrap=True)
-    for column in ("outputs", "inputs", "least", "left out"):
-        table.add_column(column, justify="right")
-    for name, layers in groups.items():
+
+    def figures(layers: Sequence[LayerFacts]) -> list[str]:
         sides = [fact.report.agreement for fact in layers if fact.report.agreement is not None]
         columns = [*map(median, zip(*sides, strict=True)), min(map(min, sides))] if sides else []
         cells = [f"{value:.2f}" for value in columns] or ["–"] * 3
-        table.add_row(Text(name), *cells, str(len(layers) - len(sides)))
-    return table
+        return [*cells, str(len(layers) - len(sides))]
+
+    print_figures("halves of the sample agree", ("outputs", "inputs", "least", "left out"), _lines(groups, figures))
 
 
-def _joined(stack: str, name: str) -> str:
-    return f"{stack}.*.{name}" if stack and not name.isdigit() else f"{stack}.{name}".lstrip(".")
+def _by_kind(layers: Mapping[str, _Item]) -> Groups[_Item]:
+    """model.layers.*, and in it self_attn.q_proj …"""
+    return _grouped(layers, lambda place: (f"{place.stack}.*" if place.stack else "", place.kind))
+
+
+def _by_depth(layers: Mapping[str, _Item]) -> Groups[_Item]:
+    """model.layers, and in it 0, 1 …; without the layers outside of all stacks."""
+    inside = {name: item for name, item in layers.items() if place_of(name).depth is not None}
+    return _grouped(inside, lambda place: (place.stack, str(place.depth)))
+
+
+def _single(layers: Mapping[str, _Item]) -> Groups[_Item]:
+    """model.layers, and in it 0.self_attn.q_proj …"""
+    groups: Groups[_Item] = {}
+    for name, item in layers.items():
+        stack = place_of(name).stack
+        groups.setdefault(stack, {})[name.removeprefix(f"{stack}.")] = [item]
+    return groups
+
+
+def _grouped(layers: Mapping[str, _Item], key: Callable[[Place], tuple[str, str]]) -> Groups[_Item]:
+    groups: Groups[_Item] = {}
+    for name, item in layers.items():
+        stack, rest = key(place_of(name))
+        groups.setdefault(stack, {}).setdefault(rest, []).append(item)
+    return groups
+
+
+def _lines(groups: Groups[_Item], figures: Callable[[Sequence[_Item]], list[str]]) -> dict[str, dict[str, list[str]]]:
+    return {stack: {name: figures(items) for name, items in lines.items()} for stack, lines in groups.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

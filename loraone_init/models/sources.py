@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import struct
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -136,10 +135,7 @@ def _write_converted(file: Path, directory: Path) -> None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Where standard error is no terminal, what the library prints there goes to our log: its bar has no off switch."""
-    if sys.stderr.isatty():
-        yield
-        return
+    """What the library prints on standard error goes to our log: its bar has no off switch."""
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):

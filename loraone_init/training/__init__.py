@@ -6,6 +6,14 @@ May import `choosing`, `inspection` and what stands below them. PEFT and acceler
 
 from __future__ import annotations
 
-from .trainer import Outcome, TrainOptions, train
+from typing import TYPE_CHECKING
+
+from ..lazy import hand_on
+
+if TYPE_CHECKING:
+    from .options import TrainOptions
+    from .trainer import Outcome, train
+
+__getattr__ = hand_on(__name__, {"Outcome": "trainer", "TrainOptions": "options", "train": "trainer"})
 
 __all__ = ["Outcome", "TrainOptions", "train"]

@@ -26,10 +26,16 @@ _TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")
 
 
 class LogLines(TrainerCallback):  # type: ignore[misc]
-    """One line for each log entry, by the first process. Stops at a loss that is not finite."""
+    """One line for each log entry, by the first process; the last step always has one. Stops at a loss that is not
+    finite.
+    """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **rest: Any

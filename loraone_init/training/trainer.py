@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from ..optim.adamw import PreconditionedAdamW
 from ..weights.checkpoint import Checkpoint
 from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints
 from .checkpoints import last_whole, step_of
+from .options import Precision, TrainOptions
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,50 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OptimizerName = Literal["preconditioned", "adamw"]
-Schedule = Literal["linear", "cosine", "constant"]
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
 _DTYPES: dict[Precision, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Settings of one training, in the words of transformers' TrainingArguments.
-
-    max_steps:   steps to take; None for `epochs` through the data.
-    warmup:      steps, or a share of all below 1, in which the learning rate rises from 0.
-    batch_size:  rows on each process; a step takes batch_size · accumulation · processes rows.
-    precision:   of the base model and the computation; factors and moments are fp32 in any case.
-    """
-
-    optimizer: OptimizerName = "preconditioned"
-    epochs: float = 1.0
-    max_steps: int | None = None
-    learning_rate: float = 2e-4
-    schedule: Schedule = "linear"
-    warmup: float = 0.0
-    batch_size: int = 8
-    accumulation: int = 1
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    precision: Precision = "fp32"
-    gradient_checkpointing: bool = False
-    damping: float | None = None
-    logging_steps: int = 10
-    save_steps: int = 500
-    seed: int = 0
-    report_to: Literal["none", "tensorboard"] = "none"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", OptimizerName), ("schedule", Schedule), ("precision", Precision)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,14 @@ def page(initialised: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_tables_by_type_and_by_depth(initialised: Path) -> None:
+    """The stack of blocks is named once in each table, above the rest of its layers' names."""
     result = inspect(initialised)
     assert result.exit_code == 0, result.output
-    assert "model.layers.*.mlp.up_proj" in result.stdout
-    assert re.search(r"^model\.layers\.2 +7 ", result.stdout, re.M)
-    assert "model.layers.2.mlp.up_proj" not in result.stdout
-    assert "model.layers.2.mlp.up_proj" in inspect(initialised, "--layers").stdout
+    assert re.search(r"^model\.layers\.\* *\n  self_attn\.q_proj +3 ", result.stdout, re.M)
+    assert re.search(r"^model\.layers *\n  0 +7 ", result.stdout, re.M)
+    assert result.stdout.count("model.layers") == 2
+    assert "2.mlp.up_proj" not in result.stdout
+    assert re.search(r"^  2\.mlp\.up_proj +1 ", inspect(initialised, "--layers").stdout, re.M)
 
 
 def test_json_has_every_layer_and_nothing_else_is_printed(initialised: Path) -> None:

@@ -122,7 +122,9 @@ def test_inspect(budgeted: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert f"21 of rank {min(ranks.values())} to {max(ranks.values())}" in done.stdout
     for name, rank in ranks.items():
-        assert re.search(rf"^{re.escape(name)} +1 +\S+ +{rank} ", done.stdout, re.M), name
+        assert re.search(rf"^  {re.escape(name.removeprefix('model.layers.'))} +1 +\S+ +{rank} ", done.stdout, re.M), (
+            name
+        )
         assert f"<title>{name}: rank {rank}</title>" in page.read_text()
 
 

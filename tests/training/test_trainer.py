@@ -85,6 +85,19 @@ def test_result_is_a_peft_directory_with_its_history(uninterrupted: Path, adapte
     assert "6 steps, preconditioned" in card
 
 
+def test_the_last_step_is_logged(arguments: list[str], tmp_path: Path) -> None:
+    """Though it is no multiple of --logging-steps, once where it is, and it is the loss that the adapter records."""
+    for every, steps in ((4, [4, 6]), (3, [3, 6])):
+        output = tmp_path / str(every)
+        done = run(*arguments, "-o", output, "--logging-steps", every)
+        assert done.exit_code == 0, done.output
+        log = [entry for entry in json.loads((output / "training_log.json").read_text()) if "loss" in entry]
+        assert [entry["step"] for entry in log] == steps
+        training = Adapter.load(output).training
+        assert training is not None
+        assert training["last_loss"] == log[-1]["loss"]
+
+
 def test_single_file_is_the_same_adapter(uninterrupted: Path, tmp_path: Path) -> None:
     Adapter.load(uninterrupted / "adapter_model.safetensors").save(tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (uninterrupted / "adapter_model.safetensors").read_bytes()

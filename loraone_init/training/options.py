@@ -1,0 +1,52 @@
+"""Settings of one training, checked where they are made. No torch: the command's help reads the defaults here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ..errors import ConfigError
+
+OptimizerName = Literal["preconditioned", "adamw"]
+Schedule = Literal["linear", "cosine", "constant"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Reports = Literal["none", "tensorboard"]
+Device = Literal["auto", "cpu"]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Settings of one training, in the words of transformers' TrainingArguments.
+
+    max_steps:   steps to take; None for `epochs` through the data.
+    warmup:      steps, or a share of all below 1, in which the learning rate rises from 0.
+    batch_size:  rows on each process; a step takes batch_size · accumulation · processes rows.
+    precision:   of the base model and the computation; factors and moments are fp32 in any case.
+    """
+
+    optimizer: OptimizerName = "preconditioned"
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float = 2e-4
+    schedule: Schedule = "linear"
+    warmup: float = 0.0
+    batch_size: int = 8
+    accumulation: int = 1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: Precision = "fp32"
+    gradient_checkpointing: bool = False
+    damping: float | None = None
+    logging_steps: int = 10
+    save_steps: int = 500
+    seed: int = 0
+    report_to: Reports = "none"
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("optimizer", OptimizerName), ("schedule", Schedule), ("precision", Precision)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)!r}")
