@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,7 +152,7 @@ def _run(
 ) -> None:
     from ..adapter.files import check_output
     from ..data.classification_rows import read_labels
-    from ..data.sample import load_batches
+    from ..data.sample import load_sample
     from ..errors import ModelError
     from ..initialization.initialize import initialize
     from ..machine import own_peaks, parse_size, use_one_heap
@@ -180,9 +179,8 @@ def _run(
                 f"{model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
             )
         with monitor.timed("data"), processes.first():
-            on_cpu = opened.device.type == "cpu"
-            wanted = replace(wanted, batch_tokens=options["batch_tokens"] or (512 if on_cpu else 8192))
-            sample = load_batches(data, opened.tokenizer, wanted, token=options["token"], labels=opened.labels)
+            wanted = wanted.for_device(opened.device.type)
+            sample = load_sample(data, opened.tokenizer, wanted, token=options["token"], labels=opened.labels)
         if options["dry_run"]:
             if is_main:
                 print_plan(plan(opened, sample, config, growth), as_json)
@@ -259,19 +257,18 @@ def _data_options(options: dict[str, Any]) -> DataOptions:
     from ..choosing.sample_size import DEFAULT_MAX_SAMPLES
     from ..data.formats import parse_columns
     from ..data.options import DataOptions
-    from ..data.sampling import HELD_OUT
 
     samples, most = options["samples"], options["max_samples"] or DEFAULT_MAX_SAMPLES
     return DataOptions(
         samples=most if samples == "auto" else samples,
         max_length=options["max_length"],
         batch_size=options["batch_size"],
-        batch_tokens=options["batch_tokens"] or DataOptions.batch_tokens,
+        batch_tokens=options["batch_tokens"],
         split=options["split"],
         columns=parse_columns(options["columns"]) if options["columns"] else None,
         completion_only=options["completion_only"],
         assistant_only=options["assistant_only"],
         seed=options["seed"],
         task=options["task"],
-        held_out=options["held_out"] or (HELD_OUT if options["gamma"] == "auto" else 0),
-    )
+        held_out=options["held_out"],
+    ).for_gamma(options["gamma"])

@@ -132,7 +132,7 @@ def _run(
 def _load(data: str, tokenizer: Any, options: dict[str, Any], split: str | None) -> Any:
     from ..data.formats import parse_columns
     from ..data.options import DataOptions
-    from ..data.sample import load_batches
+    from ..data.sample import load_sample
 
     wanted = DataOptions(
         samples=options["samples"] or ALL_ROWS,
@@ -143,7 +143,7 @@ def _load(data: str, tokenizer: Any, options: dict[str, Any], split: str | None)
         assistant_only=options["assistant_only"],
         seed=options["seed"],
     )
-    return load_batches(data, tokenizer, wanted, token=options["token"])
+    return load_sample(data, tokenizer, wanted, token=options["token"])
 
 
 def _train_options(options: dict[str, Any]) -> TrainOptions:

@@ -8,6 +8,6 @@ from __future__ import annotations
 from .classification_rows import read_labels
 from .labels import Labels
 from .options import DataOptions
-from .sample import Sample, load_batches
+from .sample import Sample, load_batches, load_sample
 
-__all__ = ["DataOptions", "Labels", "Sample", "load_batches", "read_labels"]
+__all__ = ["DataOptions", "Labels", "Sample", "load_batches", "load_sample", "read_labels"]

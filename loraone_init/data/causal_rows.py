@@ -147,9 +147,9 @@ def row_encoder(
     columns = columns or {}
     found = infer_format(rename_columns(first, columns, 1), columns)
     if completion_only and found in WITHOUT_COMPLETION:
-        raise DataError(f"completion-only needs a completion, but the format is {found}; use --all-tokens")
+        raise DataError(f"`completion_only` needs a completion, but the format is {found}; use `completion_only=False`")
     if assistant_only and found not in CONVERSATIONAL:
-        raise DataError(f"assistant-only needs conversational data, but the format is {found}; leave it out")
+        raise DataError(f"`assistant_only` needs conversational data, but the format is {found}; leave it out")
     if found in CONVERSATIONAL and not tokenizer.chat_template:
         raise DataError(
             f"the data are conversational ({found}), but the tokenizer has no chat template; use a model that has "
@@ -181,7 +181,7 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         template = template.get("default", "")
     if _GENERATION_MARKER.search(template):
         return None
-    problem = "assistant-only needs a chat template with {% generation %} markers, and the tokenizer's has none; "
+    problem = "`assistant_only` needs a chat template with {% generation %} markers, and the tokenizer's has none; "
     try:
         from trl.chat_template_utils import get_training_chat_template
     except ImportError as error:
@@ -191,5 +191,5 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     try:
         marked: str | None = get_training_chat_template(tokenizer)
     except ValueError as error:
-        raise DataError(problem + "TRL has none for it either; add them, or leave --assistant-only out") from error
+        raise DataError(problem + "TRL has none for it either; add them, or leave `assistant_only` out") from error
     return marked
