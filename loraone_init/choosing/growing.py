@@ -72,8 +72,8 @@ class Samples:
             if has_settled(self._stages, self._growth.tolerance):
                 return
         logger.warning(
-            "the sample has not settled at %d, all that it may have: %s; raise --max-samples, give more data, or lower"
-            " the rank",
+            "the sample has not settled at %d, all that it may have: %s; let it draw more rows, give more data, or"
+            " lower the rank",
             *(self._sizes[-1], why_unsettled(self._stages, self._growth.tolerance)),
         )
 

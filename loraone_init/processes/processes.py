@@ -31,7 +31,7 @@ class Processes(Protocol):
 
     @property
     def device(self) -> str:
-        """The value of --device for this process."""
+        """What `open_model` takes as the device of this process."""
         ...
 
     def gather(self, value: T) -> list[T]:

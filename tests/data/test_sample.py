@@ -156,7 +156,7 @@ def test_rows_that_are_not_needed_are_not_tokenised(tokenizer: PreTrainedTokeniz
 def test_nothing_to_train_on(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, rows: list[dict[str, Any]], max_length: int
 ) -> None:
-    with pytest.raises(DataError, match=r"no trainable tokens.*raise --max-length") as caught:
+    with pytest.raises(DataError, match=r"no trainable tokens.*raise `max_length`") as caught:
         load_batches(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(max_length=max_length))
     assert f"first {max_length} tokens of its {len(rows)} rows" in str(caught.value)
 
@@ -171,7 +171,7 @@ def test_options_reach_the_encoder(tokenizer: PreTrainedTokenizerFast, tmp_path:
         for only in (None, True, False)
     ]
     assert counts == [[[-100, word(2), EOS]], [[-100, word(2), EOS]], [[word(1), word(2), EOS]]]
-    with pytest.raises(DataError, match="assistant-only"):
+    with pytest.raises(DataError, match="assistant_only"):
         load_batches(source, tokenizer, DataOptions(columns=columns, assistant_only=True))
 
 
