@@ -150,8 +150,10 @@ def _take_data(data: Any, split: str | None, has_loss: bool) -> Sample | str | R
 
 
 def _is_row(item: object) -> bool:
-    """Whether this is a row of text, and no batch of tensors."""
-    return isinstance(item, Mapping) and not any(hasattr(value, "__array__") for value in item.values())
+    """Whether this is meant as a row of text, and is no batch of tensors."""
+    if not isinstance(item, Mapping):
+        return isinstance(item, str)
+    return not any(hasattr(value, "__array__") for value in item.values())
 
 
 def _take_held_out(held_out: Any, has_loss: bool) -> list[Any] | int | None:
