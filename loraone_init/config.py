@@ -67,6 +67,7 @@ class InitConfig:
                 continue
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
+            object.__setattr__(self, name, float(value))  # 32 and 32.0 are recorded alike
         if self.rank_budget is not None and not isinstance(self.rank_budget, RankBudget):
             raise ConfigError(f"rank_budget must be a RankBudget, got {self.rank_budget!r}")
         for name in ("target_modules", "exclude_modules"):

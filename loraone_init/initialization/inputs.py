@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 Model = str | os.PathLike[str] | OpenModel | nn.Module
 """What `initialize` takes as a model."""
 
+Given = Sample | str | Rows | list[Any]
+"""Data as they were given: rows that are drawn already, a path or hub id, rows, or batches."""
+
 _INIT = tuple(field.name for field in fields(InitConfig))
 _DATA = tuple(field.name for field in fields(DataOptions) if field.name not in ("held_out", "seed", "task"))
 _OPENING = ("device", "dtype", "placement", "trust_remote_code", "revision", "labels")
@@ -93,7 +96,7 @@ def resolve(
     What is wrong with the options is said before anything is opened.
     """
     _check_known(options)
-    _check_config(config)
+    _check_kinds(model, config)
     given = _take_data(data, options.get("split"), has_loss)
     others = _take_held_out(held_out, has_loss)
     _check_applicable(options, model, given, held_out, processes)
@@ -132,12 +135,16 @@ def _check_known(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"initialize has no option {name!r}; {hint}")
 
 
-def _check_config(config: object) -> None:
+def _check_kinds(model: object, config: object) -> None:
+    if not isinstance(model, (str, os.PathLike, OpenModel, nn.Module)):
+        raise ModelError(
+            f"model is a {type(model).__name__}; expected a path, a hub id, what open_model returned, or a torch module"
+        )
     if config is not None and not isinstance(config, InitConfig):
         raise ConfigError(f"config must be an InitConfig, got {type(config).__name__}; give all else by name")
 
 
-def _take_data(data: Any, split: str | None, has_loss: bool) -> Sample | str | Rows | list[Any]:
+def _take_data(data: Any, split: str | None, has_loss: bool) -> Given:
     """A path or hub id, rows, or batches. What can be gone through only once is read here."""
     if isinstance(data, (Sample, Rows)):
         return data
@@ -169,7 +176,7 @@ def _take_held_out(held_out: Any, has_loss: bool) -> list[Any] | int | None:
 
 
 def _check_applicable(
-    options: Mapping[str, Any], model: Model, data: Sample | str | Rows | list[Any], held_out: Any, processes: Processes
+    options: Mapping[str, Any], model: Model, data: Given, held_out: Any, processes: Processes
 ) -> None:
     """Raise ConfigError for an option that would be ignored."""
     opening = "the model is open already; pass it to open_model" if isinstance(model, OpenModel) else None
@@ -207,7 +214,7 @@ def _choose(
     options: Mapping[str, Any],
     config: InitConfig,
     task: Task,
-    data: Sample | str | Rows | list[Any],
+    data: Given,
     held_out: list[Any] | int | None,
     *,
     device: str,

@@ -47,8 +47,8 @@ def same_factors(adapter: Adapter, other: Adapter) -> bool:
     [
         ([], {}),
         (
-            ["--rank", 4, "--gamma", 256, "--samples", 5, "--seed", 3, "--target-modules", "q_proj,v_proj"],
-            {"rank": 4, "gamma": 256.0, "samples": 5, "seed": 3, "target_modules": ("q_proj", "v_proj")},
+            "--rank 4 --alpha 32 --gamma 256 --samples 5 --seed 3 --target-modules q_proj,v_proj".split(),
+            {"rank": 4, "alpha": 32, "gamma": 256, "samples": 5, "seed": 3, "target_modules": ("q_proj", "v_proj")},
         ),
         (
             ["--gamma", "auto", "--max-length", 5, "--dtype", "float64"],
@@ -269,6 +269,11 @@ def test_options_are_those_of_what_they_are_handed_to() -> None:
     }
     drawing = {field.name for field in fields(DataOptions)} - {"held_out"}  # which is a parameter
     assert set(OPTIONS) == opening | drawing | {field.name for field in fields(InitConfig)} | {"tokenizer"}
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(ModelError, match="model is a list; expected a path, a hub id"):
+        initialize([], make_batches((9,)))  # type: ignore[arg-type]
 
 
 def test_errors_are_all_of_one_kind() -> None:
