@@ -160,7 +160,7 @@ def _is_row(item: object) -> bool:
     """Whether this is meant as a row of text, and is no batch of tensors."""
     if not isinstance(item, Mapping):
         return isinstance(item, str)
-    return not any(hasattr(value, "__array__") for value in item.values())
+    return not any(getattr(value, "ndim", 0) for value in item.values())
 
 
 def _take_held_out(held_out: Any, has_loss: bool) -> list[Any] | int | None:

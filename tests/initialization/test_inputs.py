@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -45,30 +46,24 @@ def same_factors(adapter: Adapter, other: Adapter) -> bool:
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        ([], {}),
+        ("", {}),
         (
-            "--rank 4 --alpha 32 --gamma 256 --samples 5 --seed 3 --target-modules q_proj,v_proj".split(),
+            "--rank 4 --alpha 32 --gamma 256 --samples 5 --seed 3 --target-modules q_proj,v_proj",
             {"rank": 4, "alpha": 32, "gamma": 256, "samples": 5, "seed": 3, "target_modules": ("q_proj", "v_proj")},
         ),
+        ("--gamma auto --max-length 5 --dtype float64", {"gamma": "auto", "max_length": 5, "dtype": "float64"}),
+        ("--held-out 2 --all-tokens --batch-size 3", {"held_out": 2, "completion_only": False, "batch_size": 3}),
         (
-            ["--gamma", "auto", "--max-length", 5, "--dtype", "float64"],
-            {"gamma": "auto", "max_length": 5, "dtype": "float64"},
-        ),
-        (
-            ["--held-out", 2, "--all-tokens", "--batch-size", 3],
-            {"held_out": 2, "completion_only": False, "batch_size": 3},
-        ),
-        (
-            ["--columns", "text=prompt", "--block-path", "model.layers"],
+            "--columns text=prompt --block-path model.layers",
             {"columns": {"text": "prompt"}, "block_path": "model.layers"},
         ),
     ],
 )
 def test_paths_and_options_give_the_bytes_of_the_command(
-    command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path, flags: list[Any], options: dict[str, Any]
+    command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path, flags: str, options: dict[str, Any]
 ) -> None:
     file = tmp_path / "by-command.safetensors"
-    assert command(tiny_model, tiny_data, "-o", file, *flags).exit_code == 0
+    assert command(tiny_model, tiny_data, "-o", file, *flags.split()).exit_code == 0
     adapter = initialize(str(tiny_model), str(tiny_data), **options)
     assert saved(adapter, tmp_path / "by-python.safetensors") == file.read_bytes()
 
@@ -128,6 +123,12 @@ def test_held_out_batches_from_a_generator() -> None:
     model, batches, others = make_model("llama"), make_batches((9,)), make_batches((12, 7))
     adapter = initialize(model, batches, held_out=iter(others), gamma="auto", **SMALL)
     assert (adapter.loss.held_out, adapter.loss.rows) == (True, 4)
+
+
+def test_a_number_in_a_row_makes_it_no_batch(tiny_model: Path, labelled: Path) -> None:
+    """As pandas gives them."""
+    rows = [{**row, "length": np.int64(3)} for row in rows_of(labelled)]
+    assert initialize(tiny_model, rows, **SMALL).sample["format"] == "text"
 
 
 def test_with_a_loss_dicts_are_batches() -> None:
