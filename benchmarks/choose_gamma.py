@@ -24,7 +24,7 @@ from typing import Any
 
 from resuming import earlier_runs, write_runs
 
-from loraone_init import DataOptions, InitConfig, initialize, load_batches, open_model
+from loraone_init import DataOptions, InitConfig, initialize, load_sample, open_model
 from loraone_init.config import PUBLISHED_GAMMA
 from loraone_init.data.classification_rows import read_labels
 from loraone_init.gradients.causal_lm import CausalLM
@@ -107,7 +107,7 @@ def measure(
     options = DataOptions(
         samples=rows, held_out=2 * rows, max_length=settings["max_length"], seed=seed, task=model.task
     )
-    drawn = load_batches(str(data), model.tokenizer, options, labels=model.labels)
+    drawn = load_sample(str(data), model.tokenizer, options, labels=model.labels)
     fresh = replace(drawn, rows=drawn.held_out[rows:]).batches
     monitor = Monitor()
     adapter = initialize(

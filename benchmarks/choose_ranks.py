@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches, open_model, truncated_svd
+from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_sample, open_model, truncated_svd
 from loraone_init.choosing.rank_allotment import allot
 from loraone_init.config import MAX_TIMES, RankBudget
 from loraone_init.data.sample import Sample
@@ -136,7 +136,7 @@ def measure_steps(
 
 def load(opened: OpenModel, data: Path, seed: int, samples: int = SAMPLES) -> Sample:
     assert opened.tokenizer is not None
-    return load_batches(str(data), opened.tokenizer, DataOptions(samples=samples, max_length=MAX_LENGTH, seed=seed))
+    return load_sample(str(data), opened.tokenizer, DataOptions(samples=samples, max_length=MAX_LENGTH, seed=seed))
 
 
 def decompose(opened: OpenModel, sample: Sample, rank: int, seed: int) -> dict[str, TruncatedSVD]:

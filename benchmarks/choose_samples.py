@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches, open_model
+from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_sample, open_model
 from loraone_init.choosing.sample_size import Growth
 from loraone_init.data.sample import Sample
 from loraone_init.gradients.causal_lm import CausalLM
@@ -86,7 +86,7 @@ def split_rows(data: Path, model: OpenModel, samples: int, max_length: int) -> t
             (Path(work) / f"{name}.jsonl").write_text("".join(part))
         options = DataOptions(samples=samples, max_length=max_length)
         train, held_out = (
-            load_batches(str(Path(work) / f"{name}.jsonl"), model.tokenizer, options) for name in ("train", "held-out")
+            load_sample(str(Path(work) / f"{name}.jsonl"), model.tokenizer, options) for name in ("train", "held-out")
         )
     return train, held_out
 

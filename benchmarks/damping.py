@@ -19,7 +19,7 @@ from typing import Any
 
 from resuming import earlier_runs, write_runs
 
-from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_batches, open_model
+from loraone_init import Adapter, DataOptions, InitConfig, initialize, load_sample, open_model
 from loraone_init.adapter.records import Preconditioner
 from loraone_init.data.sample import Sample
 from loraone_init.models.sources import LocalModel, resolve_model
@@ -80,7 +80,7 @@ def split_rows(source: LocalModel, work: Path) -> tuple[Sample, Sample]:
     assert tokenizer is not None
     options = DataOptions(samples=10**6, max_length=256)
     training, held_out = (
-        load_batches(str(work / name), tokenizer, options) for name in ("train.jsonl", "held-out.jsonl")
+        load_sample(str(work / name), tokenizer, options) for name in ("train.jsonl", "held-out.jsonl")
     )
     return training, held_out
 
@@ -88,7 +88,7 @@ def split_rows(source: LocalModel, work: Path) -> tuple[Sample, Sample]:
 def initial_adapter(source: LocalModel, data: Path, samples: int, gamma: float) -> Adapter:
     model = open_model(str(source.directory))
     assert model.tokenizer is not None
-    sample = load_batches(str(data), model.tokenizer, DataOptions(samples=samples, max_length=256))
+    sample = load_sample(str(data), model.tokenizer, DataOptions(samples=samples, max_length=256))
     return initialize(model, sample, InitConfig(gamma=gamma))
 
 

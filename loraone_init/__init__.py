@@ -12,25 +12,33 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .config import InitConfig
-    from .data import DataOptions, load_batches
+    from .adapter import Adapter, Preconditioner
+    from .choosing import Growth
+    from .config import InitConfig, RankBudget
+    from .data import DataOptions, Sample, load_batches, load_sample
     from .errors import LoraOneError
     from .initialization import initialize
     from .linalg import LoraPair, spectral_init, truncated_svd
-    from .models import open_model
+    from .models import OpenModel, open_model
     from .optim import PreconditionedAdamW
 
 _HOMES = {
     "Adapter": "adapter",
     "DataOptions": "data",
+    "Growth": "choosing",
     "InitConfig": "config",
     "LoraOneError": "errors",
-    "LoraPair": "linalg",
+    "OpenModel": "models",
     "PreconditionedAdamW": "optim",
+    "Preconditioner": "adapter",
+    "RankBudget": "config",
+    "Sample": "data",
     "initialize": "initialization",
-    "load_batches": "data",
+    "load_sample": "data",
     "open_model": "models",
+    # Older names, kept for one release: now `load_sample`, and what `loraone_init.linalg` has.
+    "LoraPair": "linalg",
+    "load_batches": "data",
     "spectral_init": "linalg",
     "truncated_svd": "linalg",
 }
@@ -38,17 +46,27 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "DataOptions",
+    "Growth",
     "InitConfig",
     "LoraOneError",
     "LoraPair",
+    "OpenModel",
     "PreconditionedAdamW",
+    "Preconditioner",
+    "RankBudget",
+    "Sample",
     "__version__",
     "initialize",
     "load_batches",
+    "load_sample",
     "open_model",
     "spectral_init",
     "truncated_svd",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
 
 
 def __getattr__(name: str) -> Any:

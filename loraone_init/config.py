@@ -67,6 +67,7 @@ class InitConfig:
                 continue
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")
+            object.__setattr__(self, name, float(value))  # 32 and 32.0 are recorded alike
         if self.rank_budget is not None and not isinstance(self.rank_budget, RankBudget):
             raise ConfigError(f"rank_budget must be a RankBudget, got {self.rank_budget!r}")
         for name in ("target_modules", "exclude_modules"):
@@ -129,13 +130,13 @@ class RankBudget:
         limits = {name: min(most, *shape) for name, shape in shapes.items()}
         if total < len(limits):
             raise ConfigError(
-                f"{total} ranks are too few for {len(limits)} layers, which get 1 at least; use --rank-budget 1 or"
-                f" total:{len(limits)}, or adapt fewer layers with --target-modules"
+                f"{total} ranks are too few for {len(limits)} layers, which get 1 at least; use `rank_budget` 1 or"
+                f" total:{len(limits)}, or adapt fewer layers with `target_modules`"
             )
         if total > sum(limits.values()):
             raise ConfigError(
                 f"{total} ranks are more than the {len(limits)} layers may get by their shapes, and {MAX_TIMES} times"
-                f" the average each, {sum(limits.values())}; use a smaller --rank-budget"
+                f" the average each, {sum(limits.values())}; use a smaller `rank_budget`"
             )
         return limits
 
@@ -145,5 +146,5 @@ def parse_rank_budget(text: str) -> RankBudget:
     counted: Counted = "total" if text.startswith("total:") else "average"
     number = text.removeprefix("total:")
     if not (number.isascii() and number.isdecimal()):
-        raise ConfigError(f"--rank-budget is an average rank such as 8, or a sum such as total:1680; got {text!r}")
+        raise ConfigError(f"`rank_budget` is an average rank such as 8, or a sum such as total:1680; got {text!r}")
     return RankBudget(int(number), counted)

@@ -1,7 +1,13 @@
-"""How a command ends when something goes wrong: one line on standard error, exit code 1."""
+"""How a command ends when something goes wrong: one line on standard error, exit code 1.
+
+Messages name an option as Python spells it, in backquotes: `max_length`, `dtype="float32"`. A command shows its own
+spelling, --max-length and --dtype float32.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
 import signal
 import sys
 import threading
@@ -13,6 +19,36 @@ from typing import NoReturn
 import click
 
 from .errors import LoraOneError, is_out_of_memory
+
+_OPTION = re.compile(r"`(\w+)(?:=([^`]+))?`")
+
+
+def with_flags(message: str) -> str:
+    """The message with the options of the present command as its user types them; any other text as it is."""
+    context = click.get_current_context(silent=True)
+    options = {option.name: option for option in context.command.params} if context else {}
+
+    def flag(found: re.Match[str]) -> str:
+        option = options.get(found[1])
+        return found[0] if option is None else _as_flag(option, found[2])
+
+    return _OPTION.sub(flag, message)
+
+
+def _as_flag(option: click.Parameter, literal: str | None) -> str:
+    """literal: the value as Python writes it; None for the option's name alone."""
+    name = max(option.opts, key=len)
+    if literal is None:
+        return name
+    try:
+        value = ast.literal_eval(literal)
+    except (ValueError, SyntaxError):
+        return f"{name} {literal}"
+    if isinstance(value, bool):
+        return name if value else option.secondary_opts[0] if option.secondary_opts else f"no {name}"
+    if isinstance(value, dict):
+        value = ",".join(f"{key}={content}" for key, content in value.items())
+    return f"{name} {value}"
 
 
 @contextmanager
@@ -31,9 +67,9 @@ def one_line_errors(verbose: bool) -> Iterator[None]:
 
 
 def failure_text(error: BaseException) -> str:
-    """What the user is told of an error."""
+    """What the user of a command is told of an error."""
     if isinstance(error, LoraOneError):
-        return str(error)
+        return with_flags(str(error))
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; nothing was written"
     if is_out_of_memory(error):

@@ -45,7 +45,7 @@ def check_architecture(name: str, config: Any, task: Task) -> None:
     is_both = getattr(config, "is_encoder_decoder", False)
     if task != "sequence-classification" and is_both != (task == "seq2seq-lm"):
         kind, remedy = ("an encoder-decoder", "seq2seq-lm") if is_both else ("no encoder-decoder", "causal-lm")
-        raise ModelError(f"{name} is {kind}; use --task {remedy}, or sequence-classification")
+        raise ModelError(f"{name} is {kind}; use `task={remedy!r}`, or sequence-classification")
 
 
 def task_of_peft(task_type: str | None) -> Task | None:

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from loraone_init import initialize, load_batches, open_model
+from loraone_init import initialize, load_sample, open_model
 from loraone_init.cli.init import main
 
 transformers_logging.set_verbosity_error()
@@ -56,7 +56,7 @@ def initialised(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.Temp
     file = tmp_path_factory.mktemp("initialised") / "adapters.safetensors"
     model = open_model(str(tiny_model))
     assert model.tokenizer is not None
-    initialize(model, load_batches(str(tiny_data), model.tokenizer)).save(file)
+    initialize(model, load_sample(str(tiny_data), model.tokenizer)).save(file)
     return file
 
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from loraone_init import DataOptions, load_batches, open_model
+from loraone_init import DataOptions, load_sample, open_model
 from loraone_init.data.batches import Batch
 from loraone_init.data.labels import Labels
 from loraone_init.data.sample import Sample
@@ -61,7 +61,7 @@ class GSM8K:
     def sample(self, part: str, samples: int, seed: int) -> Sample:
         """part: "train" or "held-out"."""
         options = DataOptions(samples=samples, max_length=self.settings.max_length, seed=seed)
-        return load_batches(str(self.work / self.name / f"{part}.jsonl"), self._tokenizer, options)
+        return load_sample(str(self.work / self.name / f"{part}.jsonl"), self._tokenizer, options)
 
     def losses(self, model: Any, batch: Batch) -> Losses:
         """Only positions that predict a label reach the head, which is a fifth of so small a model."""
@@ -106,7 +106,7 @@ class Newsgroups:
         options = DataOptions(
             samples=samples, max_length=settings.max_length, seed=seed, task="sequence-classification"
         )
-        return load_batches(str(self.work / self.name / f"{part}.jsonl"), self._tokenizer, options, labels=self._labels)
+        return load_sample(str(self.work / self.name / f"{part}.jsonl"), self._tokenizer, options, labels=self._labels)
 
     def losses(self, model: Any, batch: Batch) -> Losses:
         logits, expected = model(**batch).logits, batch["labels"]

@@ -57,7 +57,7 @@ class Watch(TorchDispatchMode):
 def run_ours(live):
     from rows import parse_arguments
 
-    from loraone_init import DataOptions, load_batches, open_model, spectral_init, streaming, truncated_svd
+    from loraone_init import DataOptions, load_sample, open_model, spectral_init, streaming, truncated_svd
     from loraone_init.gradients.causal_lm import CausalLM
     from loraone_init.gradients.stream import stream_gradients
     from loraone_init.layers.targets import select_targets
@@ -74,7 +74,7 @@ def run_ours(live):
     arguments = parse_arguments()
     opened = open_model(arguments.model, placement="disk")
     options = DataOptions(samples=10**6, max_length=arguments.max_length)
-    batches = load_batches(str(arguments.data), opened.tokenizer, options).batches
+    batches = load_sample(str(arguments.data), opened.tokenizer, options).batches
     targets = select_targets(opened.module, "all-linear")
     stack = BlockStack.of(opened)
     with keeping(device_bytes=0) as keeper, stack.kept_by(keeper), Watch(live):

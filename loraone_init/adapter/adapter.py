@@ -28,13 +28,14 @@ from .files import (
     write_weights,
 )
 from .model_card import model_card
+from .overview import Lines, as_html, as_text, one_line, overview
 from .peft_config import peft_config
 from .records import DEFAULT_PRECONDITIONER, GrowthReport, LayerReport, LossReport, Preconditioner
 
 FORMAT_VERSION = "1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
     """LoRA factors by module name, with everything a trainer or a reader needs to know.
 
@@ -66,6 +67,20 @@ class Adapter:
     def __post_init__(self) -> None:
         if self.config.gamma == AUTO:
             raise ConfigError(f"gamma of an adapter is a number, got {AUTO!r}")
+
+    def __repr__(self) -> str:
+        return one_line([*self.ranks.values()], self.gamma, asdict(self.loss), self.training)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return as_html(repr(self), self._overview())
+
+    def summary(self) -> str:
+        """A table in text: base model, layers, data, loss, and what was found on the way."""
+        return as_text(self._overview())
+
+    def _overview(self) -> Lines:
+        return overview(self.record(), [*self.ranks.values()], self.num_parameters)
 
     @property
     def gamma(self) -> float:

@@ -54,7 +54,7 @@ def _check_existing(path: Path, overwrite: bool, suffix: str) -> None:
             raise OutputError(f"{path} is a file; an output without {suffix} at its end is a directory")
         existing = sorted(path.iterdir()) if path.is_dir() else []
     if existing and not overwrite:
-        raise OutputError(f"{existing[0]} exists already; choose another output, or pass --overwrite")
+        raise OutputError(f"{existing[0]} exists already; choose another output, or pass `overwrite=True`")
 
 
 def _check_writable(path: Path, suffix: str) -> None:

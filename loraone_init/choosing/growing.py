@@ -50,8 +50,8 @@ def grow(
             break
     if not settled:
         logger.warning(
-            "the sample has not settled at %d, all that it may have: %s; raise --max-samples, give more data, or lower"
-            " the rank",
+            "the sample has not settled at %d, all that it may have: %s; let it draw more rows, give more data, or"
+            " lower the rank",
             sizes[-1],
             why_unsettled(stages, growth.tolerance),
         )

@@ -48,7 +48,10 @@ class Growth:
         Raises DataError for a single row, which has no halves.
         """
         if available < 2:
-            raise DataError(f"a sample of {available} row has no two halves to compare; give more rows, or --samples 1")
+            raise DataError(
+                f"a sample of {available} row has no two halves to compare; give more rows, or `samples=1`"
+                " without growth"
+            )
         sizes = [min(self.start, available)]
         while sizes[-1] < available:
             sizes.append(min(2 * sizes[-1], available))

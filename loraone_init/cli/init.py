@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -162,7 +161,7 @@ def _run(processes: Processes, options: InitOptions) -> None:
     from ..adapter.files import check_output
     from ..data.classification_rows import read_labels
     from ..data.rows import require_packages
-    from ..data.sample import load_batches
+    from ..data.sample import load_sample
     from ..errors import ModelError
     from ..initialization.initialize import initialize
     from ..machine import own_peaks, use_one_heap
@@ -187,9 +186,8 @@ def _run(processes: Processes, options: InitOptions) -> None:
                 " config.json"
             )
         with monitor.timed("data"), processes.first():
-            on_cpu = opened.device.type == "cpu"
-            wanted = replace(wanted, batch_tokens=options.batch_tokens or (512 if on_cpu else 8192))
-            sample = load_batches(options.data, opened.tokenizer, wanted, token=options.token, labels=opened.labels)
+            wanted = wanted.for_device(opened.device.type)
+            sample = load_sample(options.data, opened.tokenizer, wanted, token=options.token, labels=opened.labels)
         if options.dry_run:
             if is_main:
                 print_plan(plan(opened, sample, config, growth), options.as_json)

@@ -79,21 +79,19 @@ class InitOptions:
 
     def rows(self) -> DataOptions:
         """Which rows to draw, and how to read them."""
-        from ..data.sampling import HELD_OUT
-
         return DataOptions(
             samples=(self.max_samples or DEFAULT_MAX_SAMPLES) if self.samples == AUTO else self.samples,
             max_length=self.max_length,
             batch_size=self.batch_size,
-            batch_tokens=self.batch_tokens or DataOptions.batch_tokens,
+            batch_tokens=self.batch_tokens,
             split=self.split,
             columns=parse_columns(self.columns) if self.columns else None,
             completion_only=self.completion_only,
             assistant_only=self.assistant_only,
             seed=self.seed,
             task=self.task,
-            held_out=self.held_out or (HELD_OUT if self.gamma == AUTO else 0),
-        )
+            held_out=self.held_out,
+        ).for_gamma(self.gamma)
 
     def max_bytes(self) -> int | None:
         """What may be used of the device."""

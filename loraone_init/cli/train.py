@@ -163,9 +163,9 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
 
 
 def _load(data: str, tokenizer: Any, rows: DataOptions, token: str | None) -> Sample:
-    from ..data.sample import load_batches
+    from ..data.sample import load_sample
 
-    return load_batches(data, tokenizer, rows, token=token)
+    return load_sample(data, tokenizer, rows, token=token)
 
 
 def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .classification_rows import read_labels
     from .labels import Labels
     from .options import DataOptions
-    from .sample import Sample, load_batches
+    from .sample import Sample, load_batches, load_sample
 
 __getattr__ = hand_on(
     __name__,
@@ -22,8 +22,9 @@ __getattr__ = hand_on(
         "Labels": "labels",
         "Sample": "sample",
         "load_batches": "sample",
+        "load_sample": "sample",
         "read_labels": "classification_rows",
     },
 )
 
-__all__ = ["DataOptions", "Labels", "Sample", "load_batches", "read_labels"]
+__all__ = ["DataOptions", "Labels", "Sample", "load_batches", "load_sample", "read_labels"]

@@ -148,9 +148,9 @@ def row_encoder(
     columns = columns or {}
     found = infer_format(rename_columns(first, columns, 1), columns)
     if completion_only and found in WITHOUT_COMPLETION:
-        raise DataError(f"completion-only needs a completion, but the format is {found}; use --all-tokens")
+        raise DataError(f"`completion_only` needs a completion, but the format is {found}; use `completion_only=False`")
     if assistant_only and found not in CONVERSATIONAL:
-        raise DataError(f"assistant-only needs conversational data, but the format is {found}; leave it out")
+        raise DataError(f"`assistant_only` needs conversational data, but the format is {found}; leave it out")
     if found in CONVERSATIONAL and not tokenizer.chat_template:
         raise DataError(
             f"the data are conversational ({found}), but the tokenizer has no chat template; use a model that has "
@@ -182,14 +182,14 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         template = template.get("default", "")
     if _GENERATION_MARKER.search(template):
         return None
-    require("assistant", "trl", by="assistant-only, where the chat template has no {% generation %} markers,")
+    require("assistant", "trl", by="`assistant_only`, where the chat template has no {% generation %} markers,")
     from trl.chat_template_utils import get_training_chat_template
 
     try:
         marked: str | None = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise DataError(
-            "assistant-only needs a chat template with {% generation %} markers, and the tokenizer's has none; TRL has"
-            " none for it either; add them, or leave --assistant-only out"
+            "`assistant_only` needs a chat template with {% generation %} markers; the tokenizer's has none, and TRL has"
+            " none for it; add them, or leave `assistant_only` out"
         ) from error
     return marked

@@ -12,7 +12,7 @@ from ..errors import DataError, describe
 from .batches import Field
 from .formats import Format, rename_columns, string_of, value_of
 from .labels import Labels, Target, labels_of_values
-from .rows import Row, Rows, read_rows
+from .rows import Row, Rows, Source, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,14 +99,14 @@ def classification_encoder(
     if not {"text", "label"} <= first.keys():
         raise DataError(
             f"row 1 has the columns {', '.join(map(str, first))}; a classification needs text and label, and may have"
-            " text_pair; rename columns with --columns, such as --columns text=sentence,label=class"
+            ' text_pair; rename columns with `columns`, such as `columns={"text": "sentence", "label": "class"}`'
         )
     found: Format = "text-pair-label" if "text_pair" in first else "text-label"
     return ClassificationEncoder(tokenizer, found, columns, labels or _labels_of(rows, columns), max_length)
 
 
-def read_labels(source: str, options: DataOptions, *, token: str | None = None) -> Labels:
-    """The labels that the rows of a file or hub data set speak of: see `labels.labels_of_values`.
+def read_labels(source: Source, options: DataOptions, *, token: str | None = None) -> Labels:
+    """The labels that the rows of a file, a hub data set or Python speak of: see `labels.labels_of_values`.
 
     Raises DataError where they cannot be read, have no column label, or their labels do not go together.
     """

@@ -1,6 +1,6 @@
 """What a row of data means: its format, told by its columns, and its prompt and completion.
 
-The columns of the first row, after the renames of `--columns`, give the format of all. First match wins:
+The columns of the first row, after the renames of `columns`, give the format of all. First match wins:
 
     prompt + completion      strings, or lists of messages
     conversations            a list of {from, value} or {role, content}
@@ -38,7 +38,7 @@ Format = Literal[
 
 TARGETS = ("text", "prompt", "completion", "messages", "tools")
 CLASSIFICATION_TARGETS = ("text", "text_pair", "label")
-"""The columns that `--columns` can make of others."""
+"""The columns that `columns` can make of others."""
 
 _NEEDED: dict[Format, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
@@ -67,7 +67,7 @@ def infer_format(row: Row, columns: Mapping[str, str] | None = None) -> Format:
         known = ", ".join(" + ".join(needed) for needed in dict.fromkeys(_NEEDED.values()))
         raise DataError(
             f"no known format: row 1 has the columns {_names(row)}; expected one of: {known}; rename columns with "
-            "--columns, such as --columns prompt=question,completion=answer"
+            '`columns`, such as `columns={"prompt": "question", "completion": "answer"}`'
         )
     if fitting[0] == "prompt-completion" and isinstance(row["prompt"], list):
         return "conversational-prompt-completion"
@@ -77,7 +77,7 @@ def infer_format(row: Row, columns: Mapping[str, str] | None = None) -> Format:
 
 
 def parse_columns(option: str) -> dict[str, str]:
-    """The mapping that `--columns` spells: prompt=question,completion=answer → {"prompt": "question", ...}.
+    """prompt=question,completion=answer, as the command line takes it → {"prompt": "question", ...}.
 
     Raises ConfigError for anything else; whether the new names are any good, `check_columns` tells.
     """
@@ -85,9 +85,9 @@ def parse_columns(option: str) -> dict[str, str]:
     for item in option.split(","):
         target, equals, source = (part.strip() for part in item.partition("="))
         if not (target and equals and source):
-            raise ConfigError(f"--columns has {item.strip()!r}; expected name=column, such as prompt=question")
+            raise ConfigError(f"`columns` has {item.strip()!r}; expected name=column, such as prompt=question")
         if target in columns:
-            raise ConfigError(f"--columns names {target!r} twice, for {columns[target]!r} and {source!r}")
+            raise ConfigError(f"`columns` names {target!r} twice, for {columns[target]!r} and {source!r}")
         columns[target] = source
     return columns
 
@@ -95,11 +95,11 @@ def parse_columns(option: str) -> dict[str, str]:
 def check_columns(columns: Mapping[str, str], task: Task = "causal-lm") -> None:
     """Raises ConfigError where a new name is none that a row for `task` has."""
     classified = task == "sequence-classification"
-    known, example = (CLASSIFICATION_TARGETS, "text=sentence") if classified else (TARGETS, "prompt=question")
+    known, example = (CLASSIFICATION_TARGETS, {"text": "sentence"}) if classified else (TARGETS, {"prompt": "question"})
     for target in columns:
         if target not in known:
             raise ConfigError(
-                f"--columns cannot name {target!r}; expected one of {', '.join(known)}, such as --columns {example}"
+                f"`columns` cannot name {target!r}; expected one of {', '.join(known)}, such as `columns={example}`"
             )
 
 
@@ -107,7 +107,7 @@ def rename_columns(row: Row, columns: Mapping[str, str], number: int) -> Row:
     for target, source in columns.items():
         if source not in row:
             raise DataError(
-                f"row {number} has no column {source!r}, which --columns takes as {target!r}; it has {_names(row)}"
+                f"row {number} has no column {source!r}, which `columns` takes as {target!r}; it has {_names(row)}"
             )
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return kept | {target: row[source] for target, source in columns.items()}

@@ -1,7 +1,8 @@
-"""Training data as rows: DATA, a file or a hub data set, read as dicts.
+"""Training data as rows: a file, a hub data set, or rows that are in Python already, read as dicts.
 
     .jsonl  .json  .csv  .parquet  .txt        by the file's suffix
     name  org/name  org/name:configuration     a data set on the Hugging Face hub, through the library `datasets`
+    datasets.Dataset, or any iterable of dicts rows from Python
 
 Nothing here knows about tokens; `formats` gives the columns their meaning.
 """
@@ -13,16 +14,23 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from ..errors import ConfigError, DataError, describe
 from ..extras import require
 
 Row = dict[str, Any]
+
+Source = Union[str, "os.PathLike[str]", "Rows", Iterable[Mapping[str, Any]]]
+"""What rows can be read from."""
+
+FROM_PYTHON = "rows from Python"
+"""The source that is recorded for rows that come from no file and no hub."""
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 """The files that can be read."""
@@ -35,14 +43,14 @@ _MAX_CSV_FIELD = 2**31 - 1
 class Rows:
     """The rows of one source. `rows[i]` is row number i + 1 as a dict, read when it is asked for.
 
-    source: DATA as it was given.
+    source: the path or hub id as it was given, or FROM_PYTHON.
     length: how many rows there are, at least 1.
     read:   from an index, 0 to length - 1, to the row.
     """
 
     source: str
     length: int
-    read: Callable[[int], Row]
+    read: Callable[[int], Row] = field(repr=False)
 
     def __len__(self) -> int:
         return self.length
@@ -51,27 +59,36 @@ class Rows:
         return self.read(index)
 
 
-def read_rows(source: str, *, split: str | None = None, revision: str | None = None, token: str | None = None) -> Rows:
-    """Open a file, or a data set on the hub, as rows.
+def read_rows(
+    source: Source, *, split: str | None = None, revision: str | None = None, token: str | None = None
+) -> Rows:
+    """Open a file, a data set on the hub, or rows from Python, as rows.
 
     source:          path of a file (its suffix tells the format), else a hub id: `name`, `org/name`,
-                     `org/name:configuration`. What exists here as a path is a path.
+                     `org/name:configuration`. What exists here as a path is a path. A `datasets.Dataset` is read row by
+                     row; any other iterable of dicts is read once, as a whole. `Rows` are given back as they are.
     split:           part of a hub data set, "train" unless given; slices such as "train[:1000]" work.
-    revision, token: of a hub data set; a file needs neither.
+    revision, token: of a hub data set; nothing else needs them.
 
     Raises DataError where there is nothing to read or it cannot be read, ConfigError for the split of a file,
     MissingPackageError as `require_packages` does.
     """
-    require_packages(source)
-    path = Path(os.path.expanduser(source))
-    if _is_file(source):
-        if split is not None:
-            raise ConfigError(f"split {split!r} is for hub data sets, but {source!r} is a file; leave --split out")
-        rows = _read_file(source, path)
+    if isinstance(source, Rows):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        rows = _rows_from_python(source, split)
     else:
-        rows = _read_hub(source, split or "train", revision, token)
+        source = os.fspath(source)
+        require_packages(source)
+        path = Path(os.path.expanduser(source))
+        if _is_file(source):
+            if split is not None:
+                raise ConfigError(f"split {split!r} is for hub data sets, but {source!r} is a file; leave `split` out")
+            rows = _read_file(source, path)
+        else:
+            rows = _read_hub(source, split or "train", revision, token)
     if not len(rows):
-        raise DataError(f"{source!r} has no rows; expected at least one")
+        raise DataError(f"{quoted(rows.source)} has no rows; expected at least one")
     return rows
 
 
@@ -84,6 +101,37 @@ def require_packages(source: str) -> None:
         require("data", "datasets", by=f"{source!r}, which is no file here, is taken for a hub data set, which")
     elif Path(source).suffix.lower() == ".parquet":
         require("data", "pyarrow", by=repr(source))
+
+
+def quoted(source: str) -> str:
+    """A source as messages name it: paths and ids in quotes."""
+    return "the list of rows" if source == FROM_PYTHON else repr(source)
+
+
+def is_dataset(value: object) -> bool:
+    """Whether `value` is a `datasets.Dataset`, told without importing that library."""
+    library = sys.modules.get("datasets")
+    return library is not None and isinstance(value, library.Dataset)
+
+
+def _rows_from_python(given: Any, split: str | None) -> Rows:
+    if split is not None:
+        raise ConfigError(f"split {split!r} is for hub data sets, but the rows are from Python; leave `split` out")
+    if is_dataset(given):
+        plain = given.with_format(None)  # lists and strings, whatever tensors its user wants
+        return Rows(FROM_PYTHON, len(plain), plain.__getitem__)
+    if isinstance(given, Mapping) or not isinstance(given, Iterable):
+        splits = [str(name) for name, part in given.items() if is_dataset(part)] if isinstance(given, Mapping) else []
+        hint = f"; take one of its splits, such as data[{splits[0]!r}]" if splits else ""
+        raise DataError(f"data are expected as a path, a hub id or a list, got one {type(given).__name__}{hint}")
+    rows = []
+    for number, row in enumerate(given, 1):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f'row {number} is not a dict but {json_type(row)}; expected column: value, as {{"text": …}}'
+            )
+        rows.append(dict(row))
+    return Rows(FROM_PYTHON, len(rows), rows.__getitem__)
 
 
 def json_type(value: object) -> str:

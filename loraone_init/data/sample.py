@@ -1,6 +1,6 @@
 """DATA → micro-batches: a seeded sample of rows, tokenised and labelled as TRL does, rows of like length together.
 
-batches = load_batches("train.jsonl", tokenizer, DataOptions(samples=64)).batches
+sample = load_sample("train.jsonl", tokenizer, DataOptions(samples=64))
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .causal_rows import row_encoder
 from .classification_rows import ClassificationEncoder, classification_encoder
 from .formats import Format
 from .labels import Labels
-from .options import DataOptions
-from .rows import Rows, read_rows
+from .options import CPU_BATCH_TOKENS, DataOptions
+from .rows import Rows, Source, quoted, read_rows
 from .sampling import RowEncoder, divide_rows, draw_rows
 from .seq2seq_rows import source_target_encoder
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sample:
     """The rows drawn from one source, in the order drawn, and what they are.
 
-    source, format:   DATA as given, and the format of its rows.
+    source, format:   the path or hub id as given, or "rows from Python", and the format of the rows.
     rows_available:   rows of the source.
     rows_used:        rows in the batches.
     rows_truncated:   of those, the rows cut at max_length.
@@ -57,12 +57,19 @@ class Sample:
     num_label_tokens: int
     sha256: str
     options: DataOptions
-    rows: list[TokenRow] = field(repr=False)
-    places: list[int] = field(repr=False)
-    dropped: list[int] = field(repr=False)
+    rows: list[TokenRow]
+    places: list[int]
+    dropped: list[int]
     pad_id: int
     labels: Labels | None = None
-    held_out: list[TokenRow] = field(default_factory=list, repr=False)
+    held_out: list[TokenRow] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        held_out = f", {len(self.held_out):,} more held out" if self.held_out else ""
+        return (
+            f"Sample({self.source!r}, {self.format}, {self.rows_used:,} of {self.rows_available:,} rows,"
+            f" {self.num_tokens:,} tokens{held_out})"
+        )
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -77,8 +84,15 @@ class Sample:
     def _batched(self, rows: list[TokenRow]) -> list[Batch]:
         if not rows:
             return []
-        groups = rows_of_like_length(rows, self.options.batch_size, self.options.batch_tokens)
+        tokens = self.options.batch_tokens or CPU_BATCH_TOKENS
+        groups = rows_of_like_length(rows, self.options.batch_size, tokens)
         return [collate(group, self.pad_id) for group in groups]
+
+    def for_device(self, device_type: str) -> Sample:
+        """The same rows in micro-batches of the size that suits a device of this type, unless a size was given."""
+        if self.options.batch_tokens is not None:
+            return self
+        return replace(self, options=self.options.for_device(device_type))
 
     def first(self, samples: int) -> Sample:
         """What would have been drawn if so many rows, at least one, had been asked for; but the same are held out."""
@@ -103,11 +117,11 @@ class Sample:
         record = {key: getattr(self, key) for key in (f.name for f in fields(self)) if key not in left_out}
         labels = {} if self.labels is None else {"labels": list(self.labels.names), "problem": self.labels.problem}
         held = {"rows_held_out": len(self.held_out), "sha256_held_out": digest(self.held_out)} if self.held_out else {}
-        return {**record, "options": asdict(self.options), **labels, **held}
+        return {**record, "options": asdict(self.options.for_device("cpu")), **labels, **held}
 
 
-def load_batches(
-    source: str,
+def load_sample(
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
     options: DataOptions | None = None,
     *,
@@ -115,9 +129,10 @@ def load_batches(
     token: str | None = None,
     labels: Labels | None = None,
 ) -> Sample:
-    """Draw rows of a file or hub data set, as token ids and labels; `.batches` has them as micro-batches.
+    """Draw rows of a file, a hub data set or Python, as token ids and labels: what `initialize` takes.
 
-    source:          see `rows.read_rows`; revision and token are for a hub data set.
+    source:          a path, a hub id, a `datasets.Dataset`, or dicts (see `rows.read_rows`); revision and token are for
+                     a hub data set.
     tokenizer:       of the model to train.
     labels:          of a classifier (`OpenModel.labels`); None for those that the rows speak of.
 
@@ -129,22 +144,23 @@ def load_batches(
     hold one out.
     """
     options = options or DataOptions()
+    num_held_out = options.held_out or 0
     rows = read_rows(source, split=options.split, revision=revision, token=token)
     encoder = _encoder(rows, tokenizer, options, labels)
-    draw = draw_rows(rows, encoder, options.samples, options.held_out, options.seed)
+    draw = draw_rows(rows, encoder, options.samples, num_held_out, options.seed)
     if not draw.used:
         raise DataError(
-            f"{source!r} has no trainable tokens in the first {options.max_length} tokens of its {len(rows)} rows; "
-            "raise --max-length, or train on --all-tokens"
+            f"{quoted(rows.source)} has no trainable tokens in the first {options.max_length} tokens of its"
+            f" {len(rows)} rows; raise `max_length`, or train on all tokens with `completion_only=False`"
         )
-    used, held_out = divide_rows(draw.used, draw.beyond, options.held_out, source)
+    used, held_out = divide_rows(draw.used, draw.beyond, num_held_out, rows.source)
     return Sample(
-        source=source,
+        source=rows.source,
         format=encoder.format,
         rows_available=len(rows),
         rows_dropped=len(draw.dropped),
         **_counts(used),
-        options=options,
+        options=replace(options, held_out=num_held_out),
         rows=used,
         places=[draw.place(row) for row in used],
         dropped=draw.dropped,
@@ -152,6 +168,10 @@ def load_batches(
         labels=encoder.labels if isinstance(encoder, ClassificationEncoder) else None,
         held_out=held_out,
     )
+
+
+load_batches = load_sample
+"""The older name of `load_sample`, kept for one release."""
 
 
 class _Counts(TypedDict):

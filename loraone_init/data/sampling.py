@@ -13,12 +13,9 @@ import torch
 from ..errors import DataError
 from .batches import TokenRow
 from .formats import Format
-from .rows import Row, Rows
+from .rows import Row, Rows, quoted
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT = 16
-"""Rows that a search for γ holds out, unless told otherwise."""
 
 
 class RowEncoder(Protocol):
@@ -99,8 +96,8 @@ def divide_rows(
     held = [row for row, content in zip(used, contents, strict=True) if content in moved] + list(beyond)
     if not kept:
         raise DataError(
-            f"{source!r} has {num_rows} trainable row{'s' * (num_rows > 1)}, of which none can be held out of the"
-            " gradient; two that differ are needed at least, or hold none out (a number for --gamma)"
+            f"{quoted(source)} has {num_rows} trainable row{'s' * (num_rows > 1)}, of which none can be held out of the"
+            " gradient; two that differ are needed at least, or hold none out (a number for `gamma`)"
         )
     logger.warning(
         "Of %d trainable rows, fewer than were asked for, %d are for the gradient and %d are held out of it",

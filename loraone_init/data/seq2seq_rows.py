@@ -72,6 +72,6 @@ def source_target_encoder(
     if found in CONVERSATIONAL or found in WITHOUT_COMPLETION:
         raise DataError(
             f"an encoder-decoder needs prompts and completions as strings, but the format is {found}; name the columns,"
-            " such as --columns prompt=document,completion=summary"
+            ' such as `columns={"prompt": "document", "completion": "summary"}`'
         )
     return SourceTargetEncoder(tokenizer, found, columns, max_length)

@@ -28,7 +28,7 @@ def sum_losses(losses: Sequence[RowLosses]) -> tuple[float, float]:
 
 def check_finite(mean: float) -> None:
     if not math.isfinite(mean):
-        raise NumericalError(f"the loss is {mean}; check the weights; in half precision, --dtype float32 may help")
+        raise NumericalError(f'the loss is {mean}; check the weights; in half precision, `dtype="float32"` may help')
 
 
 @dataclass(frozen=True)

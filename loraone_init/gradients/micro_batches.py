@@ -88,4 +88,4 @@ class MicroBatches:
         else:
             needed = describe_size(working_bytes(self._stack.module(block), tokens, routed_share(self._stack.model)))
             what = f"{self._stack.names[block]} needs about {needed} beside its weights for one row of {tokens} tokens"
-        return ResourceError(f"out of memory: {what}{left}; lower --max-length, or close other programs")
+        return ResourceError(f"out of memory: {what}{left}; lower `max_length`, or close other programs")

@@ -86,7 +86,7 @@ def check_tokens(model: nn.Module, sequences: Sequence[torch.Tensor]) -> None:
         )
     if positions is not None and longest > positions:
         raise DataError(
-            f"a row has {longest} tokens, but the model has {positions} positions; use --max-length {positions}"
+            f"a row has {longest} tokens, but the model has {positions} positions; use `max_length={positions}`"
         )
 
 

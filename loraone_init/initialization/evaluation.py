@@ -157,7 +157,7 @@ def _checked(loss: tuple[float, int]) -> tuple[float, int]:
     if num_rows == 0:
         raise DataError("the rows held out have no trainable tokens: every label is masked; hold out others")
     if not math.isfinite(before):
-        raise NumericalError(f"the loss of the rows held out is {before}; check them; --dtype float32 may help")
+        raise NumericalError(f'the loss of the rows held out is {before}; check them; `dtype="float32"` may help')
     return before, num_rows
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
+from ..adapter.records import GrowthReport
 from ..choosing.growing import SampleOrBatches, batches_of, grow
 from ..choosing.sample_size import Growth
-from ..config import AUTO, InitConfig
+from ..config import InitConfig
 from ..data.pieces import shares_of, whole_batches
-from ..data.sampling import HELD_OUT
-from ..errors import ConfigError, DataError, ModelError
+from ..data.rows import Source
+from ..data.sample import Sample
+from ..errors import DataError, ModelError
 from ..gradients.causal_lm import CausalLM
 from ..gradients.classification import SequenceClassification
 from ..gradients.objective import LossFunction, Objective, WholeModel
@@ -26,7 +28,7 @@ from ..layers.targets import is_conv1d, select_targets
 from ..linalg.factors import shortened
 from ..machine import current_device
 from ..models.heads import saved_tensors
-from ..models.opening import OpenModel, open_module
+from ..models.opening import OpenModel
 from ..models.quantized import computed_dtype, differentiable, quantization_method
 from ..monitor import Monitor
 from ..processes.processes import Alone, Processes
@@ -34,54 +36,75 @@ from ..streaming.keeping import keeping
 from ..streaming.stack import BlockStack
 from ..tasks import NAMES
 from .evaluation import LossEvaluator, evaluate_step, expected_passes
+from .inputs import Model, resolve
 from .layer_starts import rank_limits
 from .passes import GradientPass, PassResult
 from .room import SpareMemory, find_spare_memory
 
-if TYPE_CHECKING:
-    from ..data.sample import Sample
-
 
 def initialize(
-    model: OpenModel | nn.Module,
-    batches: Sample | Sequence[Any],
+    model: Model,
+    data: Source | Sample | Iterable[Any],
     config: InitConfig | None = None,
     *,
-    held_out: Sample | Sequence[Any] | None = None,
+    held_out: Sample | Iterable[Any] | int | None = None,
     loss: LossFunction | None = None,
     max_memory: int | None = None,
     monitor: Monitor | None = None,
-    processes: Processes | None = None,
     growth: Growth | None = None,
+    processes: Processes | None = None,
+    **options: Any,
 ) -> Adapter:
-    """The LoRA-One adapter of `model` for `batches`; the model is left as it was.
+    """The LoRA-One adapter of `model` for `data`; the model is left as it was.
 
-    model:   from `open_model`, or any module with linear layers, which then stays where it is.
-    batches: from `load_batches`, or a sequence of batches: mappings with input_ids, attention_mask and labels
-             (batch, tokens), of a classifier labels by row; anything that `loss` understands otherwise.
-    held_out: batches that are in no gradient, of the same kind; by default those that a `Sample` holds out. The losses
-             before and after the step are then on these, and they are what config.gamma "auto" searches with.
+        initialize("demo", "examples/gsm8k.jsonl", gamma=256).save("adapters.safetensors")
+
+    model:   a directory, a hub id, a .gguf file or "demo" (see `open_model`); what `open_model` returned; or any module
+             with linear layers, which then stays where it is.
+    data:    a file or a hub data set; a `datasets.Dataset`, or dicts, one for each row; what `load_sample` returned; or
+             batches, also from a `DataLoader`: mappings with input_ids, attention_mask and labels (batch, tokens), of a
+             classifier labels by row; anything that `loss` understands otherwise. With a `loss`, an iterable is one of
+             batches. A generator is read once.
+    config:  rank, γ, layers; the defaults of `InitConfig` if it is left out.
+    held_out: what is in no gradient: batches of the same kind, a `Sample`, or how many rows to draw for it; by default
+             what a `Sample` holds out, and 16 rows where rows are drawn here and config.gamma is "auto". The losses
+             before and after the step are then on these, and they are what γ is searched with.
     loss:    loss(model, batch) -> (summed loss, number of terms), for all but these transformers models.
     max_memory: bytes that may be used on the device (on a CPU: by the process). What weights and a micro-batch leave of
              them holds block inputs, of which the rest goes to host memory or disk; then activations, which are
              otherwise computed again in the backward. None: what is free, and no activations. The adapter is the same,
              bit for bit.
     monitor: is told of progress and keeps the seconds of each stage.
-    processes:   the processes that share the work, this one alone by default; each is given all batches and returns the
-             same adapter.
     growth:  how to take only as many of the rows as are needed, those drawn first (of a sequence, batches); None takes
              all. The adapter equals that of a sample of that size to 1e-5. The passes over the smaller samples take
-             about as long as the last one, and gradients twice the memory.
+             about as long as the last one, and gradients twice the memory. Where rows are drawn here, up to 512 are,
+             unless `samples` is given.
+    processes:   the processes that share the work, this one alone by default; each is given all batches and returns the
+             same adapter.
+    options: fields of `InitConfig`, which come before those of `config`; where a model is opened here, arguments of
+             `open_model`; where rows are drawn here, fields of `DataOptions`, and the `tokenizer` to read them with in
+             place of the model's own. `seed` is for all of these.
 
-    Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large, γ to be searched with nothing held
-    out), DataError (nothing to train on), NumericalError (a loss or gradient is not finite; names the layer).
+    Raises LoraOneError: ModelError (cannot be opened, nothing to adapt), ConfigError (an option that is unknown, out of
+    range or would have to be ignored; γ to be searched with nothing held out), DataError (cannot be read, nothing to
+    train on), NumericalError (a loss or gradient is not finite; names the layer).
     """
-    config = config or InitConfig()
     monitor = monitor or Monitor()
     processes = processes or Alone()
-    opened = _opened(model, config)
-    rows = batches_of(batches)
-    others = _held_out(batches, held_out, config)
+    inputs = resolve(
+        model,
+        data,
+        config,
+        held_out,
+        options,
+        has_loss=loss is not None,
+        growth=growth,
+        max_memory=max_memory,
+        monitor=monitor,
+        processes=processes,
+    )
+    opened, given, others, config = inputs.opened, inputs.data, inputs.held_out, inputs.config
+    rows = batches_of(given)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
     config, limits = rank_limits(targets, config)
@@ -108,10 +131,12 @@ def initialize(
         return gradient_pass.run(batches_of(sample), in_halves=growth is not None)
 
     with _ready(opened, stack, targets, spare):
+        used: SampleOrBatches = given
+        grown: GrowthReport | None = None
         if growth is None:
-            used, found, grown = batches, take(batches), None
+            found = take(given)
         else:
-            used, found, grown = grow(batches, growth, take)
+            used, found, grown = grow(given, growth, take)
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
@@ -132,29 +157,6 @@ def initialize(
         experts=expert_stacks(targets),
         by_parameter=renamed_targets(opened.module, targets),
     )
-
-
-def _held_out(
-    batches: Sample | Sequence[Any], held_out: Sample | Sequence[Any] | None, config: InitConfig
-) -> list[Any]:
-    """Batches that the gradient is not from."""
-    if held_out is None:
-        found = list(getattr(batches, "held_out_batches", ()))
-    else:
-        found = list(getattr(held_out, "batches", held_out))  # type: ignore[arg-type]
-    if config.gamma == AUTO and not found:
-        raise ConfigError(
-            'gamma "auto" needs rows that the gradient is not from; pass held_out=, or batches of'
-            f" DataOptions(held_out={HELD_OUT})"
-        )
-    return found
-
-
-def _opened(model: OpenModel | nn.Module, config: InitConfig) -> OpenModel:
-    opened = model if isinstance(model, OpenModel) else open_module(model, config.block_path)
-    if config.block_path not in (None, opened.block_path):
-        raise ConfigError(f"the model was opened with block path {opened.block_path!r}, not {config.block_path!r}")
-    return opened
 
 
 @contextmanager
@@ -190,9 +192,7 @@ def _base(opened: OpenModel, targets: Mapping[str, nn.Module]) -> dict[str, str 
 
 
 def _describe(batches: Sample | Sequence[Any]) -> Mapping[str, Any]:
-    """The data's record for the metadata; only what `load_batches` gives has one."""
-    from ..data.sample import Sample
-
+    """The data's record for the metadata; only a `Sample` has one."""
     return batches.facts() if isinstance(batches, Sample) else {}
 
 

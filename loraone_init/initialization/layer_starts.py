@@ -32,8 +32,8 @@ def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[I
     name = min(shapes, key=lambda name: min(shapes[name]))
     if config.rank > min(shapes[name]):
         raise ConfigError(
-            f"rank {config.rank} is larger than layer {name} of shape {shapes[name]} allows; use --rank"
-            f" {min(shapes[name])} or less, or leave the layer out with --exclude-modules"
+            f"rank {config.rank} is larger than layer {name} of shape {shapes[name]} allows; use"
+            f" `rank={min(shapes[name])}` or less, or leave the layer out with `exclude_modules`"
         )
     return config, dict.fromkeys(shapes, config.rank)
 
@@ -59,8 +59,8 @@ def decompose(gradient: LayerGradient, limit: int, config: InitConfig) -> Decomp
         agreement = split_half_agreement(gradient, min(config.rank, limit), config.seed) if in_halves else None
     except NumericalError as error:
         raise NumericalError(
-            f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision, --dtype"
-            " float32 may help"
+            f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision,"
+            ' `dtype="float32"` may help'
         ) from error
     return Decomposition(svd.on_host(), agreement)
 

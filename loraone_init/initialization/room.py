@@ -58,6 +58,6 @@ def find_spare_memory(
     left = max_memory - used_memory(opened.device) - to_come
     if left < 0:
         sizes = map(describe_size, (max_memory - left, max_memory))
-        logger.warning("About %s will be used, more than --max-memory %s", *sizes)
+        logger.warning("About %s will be used, more than `max_memory` %s", *sizes)
     bytes_left = [size for size in (max(0, left), by_what_is_free) if size is not None]
     return SpareMemory(min(bytes_left), host_bytes, ActivationBudget(left))

@@ -99,7 +99,7 @@ def renamed_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> tuple
         if type(layers[name].weight) is not nn.Parameter:
             raise ModelError(
                 f"PEFT takes layer {name} for a part of the fused experts, and cannot adapt it by its weight, which is"
-                " quantized; leave such layers out with --exclude-modules"
+                " quantized; leave such layers out with `exclude_modules`"
             )
     return renamed
 

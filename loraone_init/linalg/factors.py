@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoraPair:
     """One layer's factors: A = lora_A (r, in), B = lora_B (out, r); the adapted weight is W + s·B·A."""
 
     A: torch.Tensor
     B: torch.Tensor
+
+    def __repr__(self) -> str:
+        sizes = (f"{name} {'×'.join(map(str, factor.shape))}" for name, factor in (("A", self.A), ("B", self.B)))
+        return f"LoraPair({', '.join(sizes)}, {str(self.A.dtype).removeprefix('torch.')})"
 
 
 def spectral_init(

@@ -56,8 +56,8 @@ def load_whole(
         if "conversion of the weights" not in str(error):  # such as out of memory
             raise
         raise ModelError(
-            f"{source.name} cannot be loaded: some of its tensors are missing or have another shape (--verbose shows"
-            " them); does config.json belong to these weights?"
+            f"{source.name} cannot be loaded: some of its tensors are missing or have another shape (the"
+            " libraries' messages name them); does config.json belong to these weights?"
         ) from error
     if loading["mismatched_keys"]:
         name, got, expected = min(loading["mismatched_keys"])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OpenModel:
     """A model that can be run block by block.
 
@@ -63,6 +63,10 @@ class OpenModel:
     labels: Labels | None = None
     saved: tuple[str, ...] = ()
     placement: Place = "device"
+
+    def __repr__(self) -> str:
+        name = self.name or type(self.module).__name__
+        return f"OpenModel({name!r}, {self.task}, {len(self.blocks)} blocks, {self.device}, placement {self.placement})"
 
 
 def open_model(
@@ -168,7 +172,7 @@ def _blocks_of(model: nn.Module, block_path: str | None) -> tuple[str, ...]:
     blocks = find_blocks(model, block_path)
     if not blocks:
         raise ModelError(
-            f"cannot tell the blocks of {type(model).__name__}; name their list with --block-path; there are:"
+            f"cannot tell the blocks of {type(model).__name__}; name their list with `block_path`; there are:"
             f" {describe_module_lists(model)}"
         )
     return tuple(blocks)

@@ -40,7 +40,9 @@ def require_packages(name: str, method: str) -> None:
 
 def check_dtype(name: str, method: str, dtype: torch.dtype) -> None:
     if dtype == torch.float64:
-        raise ConfigError(f"{name} is quantized with {method}, which computes in float32 at best; use --dtype float32")
+        raise ConfigError(
+            f'{name} is quantized with {method}, which computes in float32 at best; use `dtype="float32"`'
+        )
 
 
 def prepare_quantized(model: Any, name: str, dtype: torch.dtype) -> None:

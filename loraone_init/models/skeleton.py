@@ -54,7 +54,7 @@ def skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: Wanted) -> tupl
         if wanted.task == "sequence-classification" and fit_labels(model, wanted.labels, head):
             model = _from_config(model.config, wanted)
     except (*UNREADABLE, AttributeError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
-        hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
+        hint = "; `trust_remote_code=True` runs it" if "trust_remote_code" in str(error) else ""
         message = describe(error).partition(" Model type should be one of ")[0][:250]  # a list of all there are follows
         raise ModelError(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}: {message}{hint}") from error
     if method := quantization_method(model):

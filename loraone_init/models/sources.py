@@ -56,7 +56,7 @@ def resolve_model(
     if directory is None:
         return LocalModel(_download(model, revision, token, trust_remote_code), model, revision)
     if revision is not None:
-        raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave --revision out")
+        raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave `revision` out")
     return LocalModel(directory, str(directory.resolve()))
 
 

@@ -130,7 +130,7 @@ class Group:
 def join(device: str, verbose: bool) -> Iterator[Group]:
     """Inside, this process is one of several. An error of any ends all with code 1; one prints it, naming the rank.
 
-    device: the value of --device. Raises RankError where there is no rendezvous.
+    device: auto, cpu or cuda. Raises RankError where there is no rendezvous.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
@@ -187,14 +187,14 @@ def _what_to_print(group: Group, error: BaseException) -> str | None:
 def _own_device(device: str) -> str:
     """The device of this rank: the GPU of its number on the node, or the CPU."""
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {device} is one device for several processes; use auto, cuda or cpu")
+        raise ConfigError(f"`device={device!r}` is one device for several processes; use auto, cuda or cpu")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= there:
         raise ConfigError(
             f"process {local + 1} of this machine needs a GPU of its own, but there are {there}; start as many with"
-            " --nproc-per-node, or use --device cpu"
+            ' --nproc-per-node, or use `device="cpu"`'
         )
     return f"cuda:{local}"
 

@@ -59,7 +59,7 @@ class Coroutine:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise ModelError(f"too many micro-batches ({error}); raise --batch-size, or lower --samples") from error
+            raise ModelError(f"too many micro-batches ({error}); raise `batch_size`, or lower `samples`") from error
 
     def _run(self) -> None:
         _local.coroutine = self

@@ -163,7 +163,7 @@ def _different_ways(stack: BlockStack, *blocks: int | None) -> ModelError:
     called = ", ".join("none" if block is None else stack.names[block] for block in blocks)
     return ModelError(
         f"micro-batches take different ways through the model ({called}), so it cannot be streamed; use one"
-        " micro-batch (a larger --batch-size)"
+        " micro-batch (a larger `batch_size`)"
     )
 
 

@@ -67,7 +67,7 @@ class ScratchFile:
     def _error(self, what: str, error: OSError) -> ResourceError:
         return ResourceError(
             f"cannot {what} in {self._directory}: {error.strerror or error}; set TMPDIR to a directory with more room,"
-            " or lower --samples"
+            " or lower `samples`"
         )
 
 

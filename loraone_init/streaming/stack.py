@@ -77,7 +77,7 @@ class BlockStack:
                 size = sum(tensor.nbytes for tensor in self._modules[block].parameters())
                 raise ResourceError(
                     f"out of memory: the weights of {self.names[block]} need {describe_size(size)}, and those of the"
-                    " next block as much; free memory on the device, or use --placement disk"
+                    ' next block as much; free memory on the device, or use `placement="disk"`'
                 ) from error
             yield
 

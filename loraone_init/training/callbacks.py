@@ -42,7 +42,7 @@ class LogLines(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if "loss" in logs and not math.isfinite(logs["loss"]):
             raise NumericalError(
-                f"the loss is {logs['loss']} at step {state.global_step}; use a lower --learning-rate, or fp32"
+                f"the loss is {logs['loss']} at step {state.global_step}; use a lower `learning_rate`, or fp32"
             )
         if not state.is_world_process_zero:
             return
@@ -94,7 +94,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
                 raise
             raise OutputError(
                 f"cannot write the checkpoint of step {self.state.global_step} into {self.args.output_dir}:"
-                f" {describe(error)}; free disk space: the same command with --resume goes on from the one before"
+                f" {describe(error)}; free disk space: the same command with `resume=True` goes on from the one before"
             ) from error
 
 

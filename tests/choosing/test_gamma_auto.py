@@ -137,7 +137,7 @@ def test_losses_that_are_not_finite() -> None:
 
 def test_nothing_is_held_out() -> None:
     with pytest.raises(
-        ConfigError, match=r'gamma "auto" needs rows .*; pass held_out=, or batches of DataOptions\(held'
+        ConfigError, match=r'gamma "auto" needs rows .*; pass held_out=, or a sample of DataOptions\(held'
     ):
         initialize(make_model("llama"), make_batches(), InitConfig(rank=4, gamma="auto"))
 

@@ -90,7 +90,7 @@ def test_average_and_total_are_told_apart():
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "8.5", "total:", "total:x", "sum:8", "1e3"])
 def test_other_texts_are_refused(text):
-    with pytest.raises(ConfigError, match=r"rank budget|--rank-budget"):
+    with pytest.raises(ConfigError, match=r"rank budget|`rank_budget`"):
         parse_rank_budget(text)
 
 

@@ -38,7 +38,7 @@ def test_sizes_double_up_to_all(available: int, sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("available", [0, 1])
 def test_one_row_has_no_halves(available: int) -> None:
-    with pytest.raises(DataError, match="no two halves to compare; give more rows, or --samples"):
+    with pytest.raises(DataError, match="no two halves to compare; give more rows, or `samples=1`"):
         Growth().sizes(available)
 
 

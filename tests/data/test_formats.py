@@ -418,7 +418,7 @@ def test_no_known_format(row: dict[str, Any]) -> None:
     message = refusal([row])
     assert (", ".join(row) or "no columns") in message
     assert "prompt + completion, conversations, messages, text, question + answer, instruction + output" in message
-    assert "--columns prompt=question,completion=answer" in message
+    assert '`columns={"prompt": "question", "completion": "answer"}`' in message
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_row_that_does_not_fit(rows: list[dict[str, Any]], expected: str) -> Non
 
 def test_renamed_column_that_is_missing() -> None:
     message = refusal([{"body": "a"}, {"title": "b"}], columns={"text": "body"})
-    assert message == "row 2 has no column 'body', which --columns takes as 'text'; it has title"
+    assert message == "row 2 has no column 'body', which `columns` takes as 'text'; it has title"
 
 
 def test_chat_template_that_fails() -> None:
@@ -469,12 +469,12 @@ def test_no_chat_template(row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"messages": CHATS[0]}, SHAREGPT[0]])
 def test_completion_only_without_completion(row: dict[str, Any]) -> None:
-    assert "completion-only needs a completion" in refusal([row], completion_only=True)
+    assert "`completion_only` needs a completion" in refusal([row], completion_only=True)
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, PAIRS[0], {"question": "a", "answer": "b"}])
 def test_assistant_only_without_conversation(row: dict[str, Any]) -> None:
-    assert "assistant-only needs conversational data" in refusal([row], assistant_only=True)
+    assert "`assistant_only` needs conversational data" in refusal([row], assistant_only=True)
 
 
 def test_assistant_only_row_without_assistant() -> None:

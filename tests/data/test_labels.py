@@ -14,7 +14,7 @@ from support.architectures import make_pair_tokenizer
 from support.causal import make_word_tokenizer
 from transformers import BertConfig, DataCollatorWithPadding
 
-from loraone_init import DataOptions, load_batches
+from loraone_init import DataOptions, load_sample
 from loraone_init.data.classification_rows import read_labels
 from loraone_init.data.labels import Labels, config_labels, labels_of_values
 from loraone_init.errors import DataError, ModelError
@@ -132,7 +132,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def test_pairs_are_those_of_transformers(tmp_path: Path) -> None:
     """Tokens, their types and padding as the tokenizer and transformers' collator make them."""
     tokenizer = make_pair_tokenizer()
-    sample = load_batches(write(tmp_path / "a.jsonl", ROWS), tokenizer, OPTIONS)
+    sample = load_sample(write(tmp_path / "a.jsonl", ROWS), tokenizer, OPTIONS)
     (batch,) = sample.batches
     rows = sorted(
         (tokenizer(row["text"], row["text_pair"], truncation=True, max_length=7) for row in ROWS),
@@ -149,7 +149,7 @@ def test_pairs_are_those_of_transformers(tmp_path: Path) -> None:
 
 def test_text_alone_without_types(tmp_path: Path) -> None:
     rows = [{"text": "w1 w2", "label": 1}, {"text": "w3 w4 w5", "label": 0}]
-    (batch,) = load_batches(write(tmp_path / "a.jsonl", rows), make_word_tokenizer(), OPTIONS).batches
+    (batch,) = load_sample(write(tmp_path / "a.jsonl", rows), make_word_tokenizer(), OPTIONS).batches
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert batch["input_ids"].tolist() == [[4, 5, 0], [6, 7, 8]]
     assert batch["labels"].tolist() == [1, 0]
@@ -158,16 +158,16 @@ def test_text_alone_without_types(tmp_path: Path) -> None:
 
 def test_several_labels_are_floats(tmp_path: Path) -> None:
     rows = [{"text": "w1", "label": ["b"]}, {"text": "w3 w4", "label": ["a", "b"]}]
-    (batch,) = load_batches(write(tmp_path / "a.jsonl", rows), make_word_tokenizer(), OPTIONS).batches
+    (batch,) = load_sample(write(tmp_path / "a.jsonl", rows), make_word_tokenizer(), OPTIONS).batches
     assert (batch["labels"].tolist(), batch["labels"].dtype) == ([[0.0, 1.0], [1.0, 1.0]], torch.float32)
 
 
 def test_digest_by_hand(tmp_path: Path) -> None:
     rows = [{"text": "w1 w2", "label": 1}, {"text": "w3", "label": 0}]
-    whole = load_batches(write(tmp_path / "a.jsonl", rows), make_word_tokenizer(), OPTIONS)
+    whole = load_sample(write(tmp_path / "a.jsonl", rows), make_word_tokenizer(), OPTIONS)
     assert whole.sha256 == hashlib.sha256(struct.pack("<7q", 2, 4, 5, 1, 1, 6, 0)).hexdigest()
     rows = [{"text": "w1 w2", "label": 0.5}]
-    number = load_batches(write(tmp_path / "b.jsonl", rows), make_word_tokenizer(), OPTIONS)
+    number = load_sample(write(tmp_path / "b.jsonl", rows), make_word_tokenizer(), OPTIONS)
     assert number.sha256 == hashlib.sha256(struct.pack("<3q1d", 2, 4, 5, 0.5)).hexdigest()
 
 
@@ -176,17 +176,17 @@ def test_columns_are_renamed_and_all_rows_tell_the_labels(tmp_path: Path) -> Non
     options = DataOptions(task="sequence-classification", columns={"text": "sentence", "label": "class"}, samples=3)
     source = write(tmp_path / "a.jsonl", rows)
     assert len(read_labels(source, options).names) == 20
-    sample = load_batches(source, make_word_tokenizer(), options)
+    sample = load_sample(source, make_word_tokenizer(), options)
     assert (len(sample.labels.names), sample.rows_used) == (20, 3)
 
 
 def test_labels_of_the_model_count(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "w1", "label": "b"}, {"text": "w1", "label": "b"}])
-    (batch,) = load_batches(source, make_word_tokenizer(), OPTIONS, labels=Labels(("a", "b"))).batches
+    (batch,) = load_sample(source, make_word_tokenizer(), OPTIONS, labels=Labels(("a", "b"))).batches
     assert batch["labels"].tolist() == [1, 1]
 
 
 def test_csv(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,label\nw1,2\nw2,0\n")
-    sample = load_batches(str(tmp_path / "a.csv"), make_word_tokenizer(), OPTIONS)
+    sample = load_sample(str(tmp_path / "a.csv"), make_word_tokenizer(), OPTIONS)
     assert (sample.labels, sample.batches[0]["labels"].tolist()) == (Labels(unnamed(3)), [2, 0])

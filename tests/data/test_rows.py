@@ -214,7 +214,7 @@ def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_split_of_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="leave --split out"):
+    with pytest.raises(ConfigError, match="leave `split` out"):
         read_rows(str(write(tmp_path / "a.txt", "one")), split="train")
 
 

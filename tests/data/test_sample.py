@@ -21,7 +21,7 @@ from loraone_init.data.batches import IGNORED
 from loraone_init.data.causal_rows import EncodedRow
 from loraone_init.data.options import DataOptions
 from loraone_init.data.rows import Rows
-from loraone_init.data.sample import Sample, digest, load_batches
+from loraone_init.data.sample import Sample, digest, load_sample
 from loraone_init.errors import ConfigError, DataError
 
 PAD, EOS = 0, 1
@@ -66,7 +66,7 @@ def test_by_hand(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
         {"prompt": "w7", "completion": ""},  # 2 tokens
     ]
     source = write(tmp_path / "a.jsonl", rows)
-    sample = load_batches(source, tokenizer, DataOptions(max_length=5, batch_size=2))
+    sample = load_sample(source, tokenizer, DataOptions(max_length=5, batch_size=2))
     short, long = sample.batches
     assert short["input_ids"].tolist() == [[word(7), EOS, PAD, PAD], [word(7), word(8), word(9), EOS]]
     assert short["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
@@ -79,13 +79,13 @@ def test_by_hand(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
 
 
 def test_tensors_are_int64(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    (batch,) = load_batches(write(tmp_path / "a.jsonl", texts(3, 1)), tokenizer).batches
+    (batch,) = load_sample(write(tmp_path / "a.jsonl", texts(3, 1)), tokenizer).batches
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert {(tensor.dtype, tensor.shape) for tensor in batch.values()} == {(torch.int64, (2, 4))}
 
 
 def test_counts_are_those_of_the_batches(tokenizer: PreTrainedTokenizerFast) -> None:
-    sample = load_batches(str(EXAMPLE), tokenizer, DataOptions(samples=20, batch_size=3, max_length=90))
+    sample = load_sample(str(EXAMPLE), tokenizer, DataOptions(samples=20, batch_size=3, max_length=90))
     assert (sample.format, sample.rows_available, sample.rows_used) == ("question-answer", 256, 20)
     assert sample.num_tokens == sum(int(batch["attention_mask"].sum()) for batch in sample.batches)
     assert sample.num_label_tokens == sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in sample.batches)
@@ -101,13 +101,13 @@ def test_all_rows_in_file_order_when_there_are_no_more(tokenizer: PreTrainedToke
     source = write(tmp_path / "a.jsonl", texts(*[2] * 6))
     for samples in (6, 7):
         for seed in (0, 1):
-            assert drawn(load_batches(source, tokenizer, DataOptions(samples=samples, seed=seed))) == list(range(6))
+            assert drawn(load_sample(source, tokenizer, DataOptions(samples=samples, seed=seed))) == list(range(6))
 
 
 def test_rows_are_drawn_by_a_seeded_permutation(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(*[2] * 40))
     for seed in (0, 1):
-        sample = load_batches(source, tokenizer, DataOptions(samples=9, seed=seed))
+        sample = load_sample(source, tokenizer, DataOptions(samples=9, seed=seed))
         assert drawn(sample) == permutation(40, seed)[:9]
         assert (sample.rows_available, sample.rows_used) == (40, 9)
     assert permutation(40, 0)[:9] != permutation(40, 1)[:9]
@@ -115,7 +115,7 @@ def test_rows_are_drawn_by_a_seeded_permutation(tokenizer: PreTrainedTokenizerFa
 
 def test_same_seed_gives_the_same_batches(tokenizer: PreTrainedTokenizerFast) -> None:
     first, again, other = (
-        load_batches(str(EXAMPLE), tokenizer, DataOptions(samples=10, seed=seed)) for seed in (5, 5, 6)
+        load_sample(str(EXAMPLE), tokenizer, DataOptions(samples=10, seed=seed)) for seed in (5, 5, 6)
     )
     for batch, same in zip(first.batches, again.batches, strict=True):
         assert all(torch.equal(batch[name], same[name]) for name in batch)
@@ -128,14 +128,14 @@ def test_dropped_rows_are_made_up_for(tokenizer: PreTrainedTokenizerFast, tmp_pa
     rows = texts(*[2] * 30)
     for index in (order[0], order[3], order[10]):
         rows[index] = {"text": ""}  # only an EOS, predicted from nothing
-    sample = load_batches(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(samples=5))
+    sample = load_sample(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(samples=5))
     assert drawn(sample) == [order[i] for i in (1, 2, 4, 5, 6)]
     assert (sample.rows_used, sample.rows_dropped) == (5, 2)
 
 
 def test_truncated_rows_count_where_they_are_used(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     rows = [{"prompt": "w1 w2 w3 w4", "completion": " w5"}, {"prompt": "w1", "completion": " w2 w3 w4"}]
-    sample = load_batches(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(max_length=4))
+    sample = load_sample(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(max_length=4))
     assert (sample.rows_used, sample.rows_truncated, sample.rows_dropped) == (1, 1, 1)
 
 
@@ -145,9 +145,9 @@ def test_rows_that_are_not_needed_are_not_tokenised(tokenizer: PreTrainedTokeniz
     for index in order[5:]:
         rows[index]["text"] = None
     source = write(tmp_path / "a.jsonl", rows)
-    assert load_batches(source, tokenizer, DataOptions(samples=5)).rows_used == 5
+    assert load_sample(source, tokenizer, DataOptions(samples=5)).rows_used == 5
     with pytest.raises(DataError, match=f"row {order[5] + 1}: column 'text' is null"):
-        load_batches(source, tokenizer, DataOptions(samples=6))
+        load_sample(source, tokenizer, DataOptions(samples=6))
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_rows_that_are_not_needed_are_not_tokenised(tokenizer: PreTrainedTokeniz
 def test_nothing_to_train_on(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, rows: list[dict[str, Any]], max_length: int
 ) -> None:
-    with pytest.raises(DataError, match=r"no trainable tokens.*raise --max-length") as caught:
-        load_batches(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(max_length=max_length))
+    with pytest.raises(DataError, match=r"no trainable tokens.*raise `max_length`") as caught:
+        load_sample(write(tmp_path / "a.jsonl", rows), tokenizer, DataOptions(max_length=max_length))
     assert f"first {max_length} tokens of its {len(rows)} rows" in str(caught.value)
 
 
@@ -165,14 +165,12 @@ def test_options_reach_the_encoder(tokenizer: PreTrainedTokenizerFast, tmp_path:
     source = write(tmp_path / "a.jsonl", [{"q": "w1", "a": " w2"}])
     columns = {"prompt": "q", "completion": "a"}
     counts = [
-        load_batches(source, tokenizer, DataOptions(columns=columns, completion_only=only))
-        .batches[0]["labels"]
-        .tolist()
+        load_sample(source, tokenizer, DataOptions(columns=columns, completion_only=only)).batches[0]["labels"].tolist()
         for only in (None, True, False)
     ]
     assert counts == [[[-100, word(2), EOS]], [[-100, word(2), EOS]], [[word(1), word(2), EOS]]]
-    with pytest.raises(DataError, match="assistant-only"):
-        load_batches(source, tokenizer, DataOptions(columns=columns, assistant_only=True))
+    with pytest.raises(DataError, match="assistant_only"):
+        load_sample(source, tokenizer, DataOptions(columns=columns, assistant_only=True))
 
 
 def test_hub_options_reach_the_reader(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +181,7 @@ def test_hub_options_reach_the_reader(tokenizer: PreTrainedTokenizerFast, monkey
         return Rows(source, 1, texts(2).__getitem__)
 
     monkeypatch.setattr(data_module, "read_rows", read_rows)
-    load_batches("org/name", tokenizer, DataOptions(split="test"), revision="v1", token="secret")
+    load_sample("org/name", tokenizer, DataOptions(split="test"), revision="v1", token="secret")
     assert asked == [("org/name", {"split": "test", "revision": "v1", "token": "secret"})]
 
 
@@ -192,7 +190,7 @@ def test_hub_options_reach_the_reader(tokenizer: PreTrainedTokenizerFast, monkey
 
 def test_batches_hold_rows_of_like_length(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", texts(9, 2, 5, 2, 7, 5, 1))
-    sample = load_batches(source, tokenizer, DataOptions(batch_size=3))
+    sample = load_sample(source, tokenizer, DataOptions(batch_size=3))
     assert drawn(sample) == [6, 1, 3, 2, 5, 4, 0]
     assert [tuple(batch["input_ids"].shape) for batch in sample.batches] == [(3, 3), (3, 8), (1, 10)]
 
@@ -200,7 +198,7 @@ def test_batches_hold_rows_of_like_length(tokenizer: PreTrainedTokenizerFast, tm
 def test_rows_of_unlike_length_are_not_padded_to_each_other(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """40 and 57 tokens differ by more than 16 and by more than an eighth; 200 and 224 by an eighth of 224 at most."""
     source = write(tmp_path / "a.jsonl", texts(*(length - 1 for length in (40, 57, 200, 224))))
-    sample = load_batches(source, tokenizer)
+    sample = load_sample(source, tokenizer)
     assert [tuple(batch["input_ids"].shape) for batch in sample.batches] == [(1, 40), (1, 57), (2, 224)]
 
 
@@ -213,14 +211,14 @@ def test_padding_token(
     other = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, pad_token=pad_token, eos_token=eos_token, unk_token="?"
     )
-    (batch,) = load_batches(write(tmp_path / "a.jsonl", texts(1, 3)), other).batches
+    (batch,) = load_sample(write(tmp_path / "a.jsonl", texts(1, 3)), other).batches
     assert batch["input_ids"][0].tolist() == [word(0), EOS, expected, expected]
     assert batch["labels"][0].tolist() == [word(0), EOS, IGNORED, IGNORED]
 
 
 def test_padding_without_pad_or_eos_token(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="?")
-    (batch,) = load_batches(write(tmp_path / "a.jsonl", texts(2, 4)), other).batches
+    (batch,) = load_sample(write(tmp_path / "a.jsonl", texts(2, 4)), other).batches
     assert batch["input_ids"][0].tolist() == [word(0), word(0), 0, 0]
 
 
@@ -237,15 +235,15 @@ def test_digest_is_of_the_rows_in_drawn_order(tokenizer: PreTrainedTokenizerFast
     source = write(tmp_path / "a.jsonl", texts(3, 1))
     rows = [[word(0), word(0), word(0), EOS], [word(1), EOS]]
     expected = digest([EncodedRow(ids, ids, False) for ids in rows])
-    assert load_batches(source, tokenizer).sha256 == expected
-    assert load_batches(source, tokenizer, DataOptions(batch_size=1)).sha256 == expected
-    assert load_batches(write(tmp_path / "b.jsonl", texts(3, 2)), tokenizer).sha256 != expected
+    assert load_sample(source, tokenizer).sha256 == expected
+    assert load_sample(source, tokenizer, DataOptions(batch_size=1)).sha256 == expected
+    assert load_sample(write(tmp_path / "b.jsonl", texts(3, 2)), tokenizer).sha256 != expected
 
 
 def test_digest_tells_masks_apart(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "w1", "completion": " w2"}])
     masked, unmasked = (
-        load_batches(source, tokenizer, DataOptions(completion_only=only)).sha256 for only in (True, False)
+        load_sample(source, tokenizer, DataOptions(completion_only=only)).sha256 for only in (True, False)
     )
     assert masked != unmasked
 

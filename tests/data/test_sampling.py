@@ -12,7 +12,7 @@ from support.causal import make_word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from loraone_init.data.options import DataOptions
-from loraone_init.data.sample import Sample, digest, load_batches
+from loraone_init.data.sample import Sample, digest, load_sample
 from loraone_init.errors import ConfigError, DataError
 
 
@@ -39,20 +39,20 @@ def both(sample: Sample) -> tuple[list[int], list[int]]:
 def test_they_are_the_next_of_the_permutation(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = data(tmp_path, list(range(50)))
     order = torch.randperm(50, generator=torch.Generator().manual_seed(3)).tolist()
-    sample = load_batches(source, tokenizer, DataOptions(samples=10, held_out=4, seed=3))
+    sample = load_sample(source, tokenizer, DataOptions(samples=10, held_out=4, seed=3))
     assert both(sample) == (order[:10], order[10:14])
-    alone = load_batches(source, tokenizer, DataOptions(samples=10, seed=3))
+    alone = load_sample(source, tokenizer, DataOptions(samples=10, seed=3))
     assert alone.sha256 == sample.sha256
     assert alone.held_out_batches == []
 
 
 def test_record(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source = data(tmp_path, list(range(50)))
-    sample = load_batches(source, tokenizer, DataOptions(samples=10, held_out=4))
+    sample = load_sample(source, tokenizer, DataOptions(samples=10, held_out=4))
     facts = sample.facts()
     assert (facts["rows_used"], facts["rows_held_out"]) == (10, 4)
     assert facts["sha256_held_out"] == digest(sample.held_out) != facts["sha256"]
-    assert "rows_held_out" not in load_batches(source, tokenizer, DataOptions(samples=10)).facts()
+    assert "rows_held_out" not in load_sample(source, tokenizer, DataOptions(samples=10)).facts()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,7 +61,7 @@ def test_a_row_of_the_same_content_is_not_held_out(
 ) -> None:
     """Each of 20 rows is there three times."""
     source = data(tmp_path, [*range(20)] * 3)
-    used, held_out = both(load_batches(source, tokenizer, DataOptions(samples=10, held_out=6, seed=seed)))
+    used, held_out = both(load_sample(source, tokenizer, DataOptions(samples=10, held_out=6, seed=seed)))
     assert (len(used), len(held_out)) == (10, 6)
     assert not set(used) & set(held_out)
 
@@ -85,7 +85,7 @@ def test_too_few_rows_are_divided_and_that_is_said(
 ) -> None:
     source = data(tmp_path, list(range(num_rows)))
     with caplog.at_level(logging.WARNING, "loraone_init"):
-        used, held_out = both(load_batches(source, tokenizer, DataOptions(samples=samples, held_out=16)))
+        used, held_out = both(load_sample(source, tokenizer, DataOptions(samples=samples, held_out=16)))
     assert (len(used), len(held_out)) == expected
     assert sorted(used + held_out) == list(range(num_rows))
     assert f"Of {num_rows} trainable rows, fewer than were asked for, {expected[0]} are for the gradient" in caplog.text
@@ -94,12 +94,12 @@ def test_too_few_rows_are_divided_and_that_is_said(
 
 def test_rows_sorted_by_label_are_shuffled_first(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Else those held out of few rows would be the last of the file."""
-    sample = load_batches(data(tmp_path, list(range(12))), tokenizer, DataOptions(held_out=3))
+    sample = load_sample(data(tmp_path, list(range(12))), tokenizer, DataOptions(held_out=3))
     assert set(words(sample.held_out_batches)) != {9, 10, 11}
 
 
 def test_copies_of_a_row_stay_together(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    used, held_out = both(load_batches(data(tmp_path, [1, 2] * 6), tokenizer, DataOptions(held_out=3)))
+    used, held_out = both(load_sample(data(tmp_path, [1, 2] * 6), tokenizer, DataOptions(held_out=3)))
     assert sorted([*set(used), *set(held_out)]) == [1, 2]
     assert len(used) + len(held_out) == 12
 
@@ -109,7 +109,7 @@ def test_nothing_can_be_held_out(
     rows: list[int], told: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=f"has {told} which none can be held out of the gradient; two that differ"):
-        load_batches(data(tmp_path, rows), tokenizer, DataOptions(held_out=16))
+        load_sample(data(tmp_path, rows), tokenizer, DataOptions(held_out=16))
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True])

@@ -202,7 +202,7 @@ def test_text_alone_is_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "w1 w2"}\n')
     with pytest.raises(
-        DataError, match=r"needs prompts and completions as strings, but the format is text; .*--columns"
+        DataError, match=r"needs prompts and completions as strings, but the format is text; .*`columns="
     ):
         load_batches(str(file), make_word_tokenizer(), OPTIONS)
 

@@ -8,7 +8,7 @@ from support.causal import CAUSAL_CONFIGS, make_batches, make_model, reference_g
 from support.paths import EXAMPLE
 from torch import nn
 
-from loraone_init import DataOptions, InitConfig, initialize, load_batches, open_model
+from loraone_init import DataOptions, InitConfig, initialize, load_sample, open_model
 from loraone_init.errors import ConfigError, DataError, ModelError, NumericalError
 from loraone_init.gradients.causal_lm import CausalLM
 from loraone_init.gradients.stream import stream_gradients
@@ -275,7 +275,7 @@ def smollm2_gradients(smollm2):
     from transformers import AutoModelForCausalLM
 
     opened = open_model(str(smollm2))
-    batches = load_batches(str(EXAMPLE), opened.tokenizer, DataOptions(samples=4, max_length=128)).batches
+    batches = load_sample(str(EXAMPLE), opened.tokenizer, DataOptions(samples=4, max_length=128)).batches
     targets = select_targets(opened.module, "all-linear")
     _, gradients = stream_gradients(BlockStack.of(opened), targets, CausalLM(opened.module, opened.device), batches)
     streamed = {gradient.name: gradient.G for gradient in gradients}
@@ -292,7 +292,7 @@ def test_smollm2_gradients_equal_whole_model_autograd(smollm2_gradients):
 
 def test_smollm2_step_lowers_the_loss(smollm2):
     opened = open_model(str(smollm2))
-    sample = load_batches(str(EXAMPLE), opened.tokenizer, DataOptions(samples=8, max_length=256))
+    sample = load_sample(str(EXAMPLE), opened.tokenizer, DataOptions(samples=8, max_length=256))
     adapter = initialize(opened, sample, InitConfig(gamma=256.0))
     assert adapter.loss.after < adapter.loss.before
     assert max(layer.sine for layer in adapter.layers.values() if layer.sine is not None) <= 1e-3

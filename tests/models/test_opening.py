@@ -174,7 +174,7 @@ def test_model_without_recognisable_blocks_needs_a_block_path(tmp_path, monkeypa
     monkeypatch.setattr("loraone_init.models.blocks.is_checkpointing_layer", lambda module: False)
     directory = save(make_model("llama", torch.float32), tmp_path)
     monkeypatch.setattr("loraone_init.models.blocks.unsplit_classes", lambda model: set())
-    with pytest.raises(ModelError, match=r"--block-path.*model\.layers \(3\)"):
+    with pytest.raises(ModelError, match=r"`block_path`.*model\.layers \(3\)"):
         open_model(str(directory))
     assert open_model(str(directory), block_path="model.layers").blocks == (*(f"model.layers.{i}" for i in range(3)),)
 
@@ -190,7 +190,7 @@ def test_code_that_comes_with_a_model_runs_only_on_request(tmp_path):
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    with pytest.raises(ModelError, match="--trust-remote-code runs it"):
+    with pytest.raises(ModelError, match="`trust_remote_code=True` runs it"):
         open_model(str(directory))
     opened = open_model(str(directory), trust_remote_code=True)
     assert type(opened.module).__name__ == "OwnModel"

@@ -245,7 +245,7 @@ def test_four_bit_layers_compute_in_the_dtype_asked_for(checkpoint):
 
 @needs("bitsandbytes")
 def test_float64_is_refused(checkpoint):
-    with pytest.raises(ConfigError, match=r"quantized with bitsandbytes, .* use --dtype float32"):
+    with pytest.raises(ConfigError, match=r"quantized with bitsandbytes, .* use `dtype=.float32.`"):
         open_model(str(checkpoint("nf4")), device="cpu", dtype="float64")
 
 
