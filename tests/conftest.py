@@ -138,7 +138,7 @@ def smollm2_adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def smollm2_genai(smollm2: Path, smollm2_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 merged with `smollm2_adapter`, as `--engine genai` writes it."""
     for module in ("onnxruntime_genai", "onnx_ir"):
-        pytest.importorskip(module, reason='not installed: pip install "loraone-init[genai]"')
+        pytest.importorskip(module, reason='not installed: pip install ".[genai]"')
     from support.exports import export
 
     directory = tmp_path_factory.mktemp("smollm2-genai") / "folder"

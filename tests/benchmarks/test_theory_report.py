@@ -15,7 +15,7 @@ DOCUMENT = (ROOT / "docs" / "theory.md").read_text()
 
 needs_extra = pytest.mark.skipif(
     not (importlib.util.find_spec("matplotlib") and importlib.util.find_spec("sklearn")),
-    reason="the extra is not installed: pip install loraone-init[benchmarks]",
+    reason='the extra is not installed: pip install ".[benchmarks]"',
 )
 
 
