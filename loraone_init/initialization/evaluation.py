@@ -130,7 +130,7 @@ def evaluate_step(
     def loss_at(gamma: float) -> float:
         with applied(pairs, targets, config.scale, gamma):
             loss, _ = forwards.mean_loss(rows)
-        if gamma != config.gamma:
+        if gamma != config.gamma:  # one that was given is no find of a search
             forwards.tell(gamma, loss)
         return loss
 
