@@ -67,7 +67,7 @@ class Command(click.Command):
             record = param.get_help_record(ctx)
             if isinstance(param, click.Option) and record is not None:
                 sections.setdefault(getattr(param, "heading", OTHER), []).append(record)
-        for heading in sorted(sections, key=OTHER.__eq__):
+        for heading in sorted(sections, key=lambda heading: heading == OTHER):
             with formatter.section(heading):
                 formatter.write_dl(sections[heading])
 
@@ -144,7 +144,7 @@ def start_logging(quiet: bool, verbose: bool, silent: bool = False) -> None:
 
 
 def _silence_libraries() -> None:
-    """No library has a word to say: neither as warnings, nor by loggers, with handlers of their own or without."""
+    """Drop Python's warnings, the messages of loggers without a handler, and those of the loud ones that have one."""
     warnings.simplefilter("ignore")
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())  # else Python prints the warnings of all

@@ -189,7 +189,7 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         marked: str | None = get_training_chat_template(tokenizer)
     except ValueError as error:
         raise DataError(
-            "`assistant_only` needs a chat template with {% generation %} markers; the tokenizer's has none, nor has TRL"
-            " one for it; add them, or leave `assistant_only` out"
+            "`assistant_only` needs a chat template with {% generation %} markers; the tokenizer's has none, nor has"
+            " TRL one for it; add them, or leave `assistant_only` out"
         ) from error
     return marked

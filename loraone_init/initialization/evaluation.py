@@ -127,7 +127,7 @@ def evaluate_step(
     def loss_at(gamma: float) -> float:
         with applied(pairs, targets, config.scale, gamma):
             loss, _ = evaluator.mean_loss(rows)
-        if gamma != config.gamma:
+        if gamma != config.gamma:  # one that was given is no find of a search
             evaluator.tell(gamma, loss)
         return loss
 
