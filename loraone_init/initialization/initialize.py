@@ -107,10 +107,7 @@ def initialize(
         return gradient_pass.run(batches_of(sample), in_halves=growth is not None)
 
     with _ready(opened, stack, targets, spare):
-        if growth is None:
-            used, found, grown = batches, take(batches), None
-        else:
-            used, found, grown = grow(batches, growth, take)
+        used, found, grown = grow(batches, growth, take)
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
