@@ -30,14 +30,17 @@ Result = TypeVar("Result", bound=Compared)
 
 
 def grow(
-    given: SampleOrBatches, growth: Growth, take: Callable[[SampleOrBatches], Result]
-) -> tuple[SampleOrBatches, Result, GrowthReport]:
+    given: SampleOrBatches, growth: Growth | None, take: Callable[[SampleOrBatches], Result]
+) -> tuple[SampleOrBatches, Result, GrowthReport | None]:
     """The part of `given` at which it has settled, what `take` makes of that part, and the record of the growth.
 
-    take: compares two halves of the sample that it is given. It is called for each size that is tried.
+    growth: None takes all of `given` at once, and there is no record.
+    take:   compares two halves of the sample that it is given. It is called for each size that is tried.
 
     Logs a warning where even all of `given` has not settled; all of it is then the answer.
     """
+    if growth is None:
+        return given, take(given), None
     stages: list[GrowthStage] = []
     sizes = growth.sizes(size_of(given))
     for size in sizes:

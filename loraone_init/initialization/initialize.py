@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.records import GrowthReport
 from ..choosing.growing import SampleOrBatches, batches_of, grow
 from ..choosing.sample_size import Growth
 from ..config import InitConfig
@@ -131,12 +130,7 @@ def initialize(
         return gradient_pass.run(batches_of(sample), in_halves=growth is not None)
 
     with _ready(opened, stack, targets, spare):
-        used: SampleOrBatches = given
-        grown: GrowthReport | None = None
-        if growth is None:
-            found = take(given)
-        else:
-            used, found, grown = grow(given, growth, take)
+        used, found, grown = grow(given, growth, take)
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):

@@ -99,8 +99,20 @@ def test_each_size_is_taken_until_the_sample_has_settled(agreements: list[float]
     assert [each.batches for each in taken] == [list(range(size)) for size in (2, 4, 8, 11)[: len(agreements)]]
     assert sample == list(range(wanted))
     assert result is taken[-1]
+    assert report is not None
     assert [stage.agreement_median for stage in report.stages] == agreements
     assert (report.settled, report.available, report.tolerance) == (wanted != 11, 11, 0.3)
+
+
+def test_without_growth_all_is_taken_at_once() -> None:
+    taken: list[Taken] = []
+
+    def take(batches: list[int]) -> Taken:
+        taken.append(Taken(batches, {}))
+        return taken[-1]
+
+    assert grow([1, 2, 3], None, take) == ([1, 2, 3], Taken([1, 2, 3], {}), None)
+    assert len(taken) == 1
 
 
 def test_one_repeated_row_settles_at_once() -> None:
