@@ -117,7 +117,9 @@ def resolve(
             given = load_sample(given, tokenizer, chosen.data, token=chosen.token, labels=opened.labels)
     if isinstance(given, Sample):
         given = given.for_device(opened.device.type)
-    if not isinstance(others, list):
+    if isinstance(others, Sample):
+        others = others.for_device(opened.device.type).batches
+    elif not isinstance(others, list):
         others = given.held_out_batches if isinstance(given, Sample) else []
     if chosen.config.gamma == AUTO and not others:
         raise ConfigError(
@@ -150,10 +152,20 @@ def _take_data(data: Any, split: str | None, has_loss: bool) -> Given:
         return data
     if isinstance(data, (str, os.PathLike)):
         return os.fspath(data)
-    if is_dataset(data) or isinstance(data, Mapping) or not isinstance(data, Iterable):
+    items = None if is_dataset(data) else _listed(data)
+    if items is None:
         return read_rows(data, split=split)
-    items = list(data)
     return read_rows(items, split=split) if items and not has_loss and _is_row(items[0]) else items
+
+
+def _listed(data: Any) -> list[Any] | None:
+    """The items of what can be gone through, once; None for what has none."""
+    if isinstance(data, Mapping):
+        return None
+    if isinstance(data, Iterable):
+        return list(data)
+    is_indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__")  # as torch's data sets are
+    return [data[index] for index in range(len(data))] if is_indexed else None
 
 
 def _is_row(item: object) -> bool:
@@ -163,13 +175,11 @@ def _is_row(item: object) -> bool:
     return not any(getattr(value, "ndim", 0) for value in item.values())
 
 
-def _take_held_out(held_out: Any, has_loss: bool) -> list[Any] | int | None:
-    """Batches, a number of rows to be drawn, or None."""
-    if held_out is None or isinstance(held_out, Sample):
-        return held_out if held_out is None else held_out.batches
-    if is_whole(held_out):
-        return int(held_out)
-    items = None if isinstance(held_out, (str, os.PathLike, Mapping, bool)) or is_dataset(held_out) else list(held_out)
+def _take_held_out(held_out: Any, has_loss: bool) -> Sample | list[Any] | int | None:
+    """What is held out, or a number of rows to be drawn for that."""
+    if held_out is None or isinstance(held_out, Sample) or is_whole(held_out):
+        return held_out  # type: ignore[no-any-return]
+    items = None if isinstance(held_out, (str, os.PathLike)) or is_dataset(held_out) else _listed(held_out)
     if items is None or (items and not has_loss and _is_row(items[0])):
         raise DataError("held_out is a number of rows to draw, a Sample (see load_sample), or a list of batches")
     return items
@@ -179,23 +189,31 @@ def _check_applicable(
     options: Mapping[str, Any], model: Model, data: Given, held_out: Any, processes: Processes
 ) -> None:
     """Raise ConfigError for an option that would be ignored."""
-    opening = "the model is open already; pass it to open_model" if isinstance(model, OpenModel) else None
-    opening = "the model is a module, which is used as it is" if isinstance(model, nn.Module) else opening
-    drawing = "the data are a Sample, whose rows are drawn already; pass it to load_sample"
-    drawing = "the data are batches, which are used as they are" if isinstance(data, list) else drawing
-    is_drawn = isinstance(data, (str, Rows))
+    opened, drawn = _why_not_opened(model), _why_not_drawn(data)
     rules: list[tuple[Iterable[str], str | None]] = [
-        (_OPENING, opening),
-        ((*_DATA, "tokenizer"), None if is_drawn else drawing),
-        (("token",), opening if not isinstance(data, str) else None),
+        (_OPENING, opened),
+        ((*_DATA, "tokenizer"), drawn),
+        (("token",), None if isinstance(data, str) else opened),
         (("device",), "each process has its own" if processes.size > 1 else None),
     ]
     for names, obstacle in rules:
         for name in names:
             if obstacle and name in options:
                 raise ConfigError(f"{name} cannot be taken into account: {obstacle}")
-    if is_whole(held_out) and not is_drawn:
-        raise ConfigError(f"held_out={held_out} cannot be taken into account: {drawing}")
+    if is_whole(held_out) and drawn:
+        raise ConfigError(f"held_out={held_out} cannot be taken into account: {drawn}")
+
+
+def _why_not_opened(model: Model) -> str | None:
+    if isinstance(model, OpenModel):
+        return "the model is open already; pass it to open_model"
+    return "the model is a module, which is used as it is" if isinstance(model, nn.Module) else None
+
+
+def _why_not_drawn(data: Given) -> str | None:
+    if isinstance(data, Sample):
+        return "the data are a Sample, whose rows are drawn already; pass it to load_sample"
+    return "the data are batches, which are used as they are" if isinstance(data, list) else None
 
 
 def _task(model: Model, options: Mapping[str, Any]) -> Task:
@@ -215,7 +233,7 @@ def _choose(
     config: InitConfig,
     task: Task,
     data: Given,
-    held_out: list[Any] | int | None,
+    held_out: Sample | list[Any] | int | None,
     *,
     device: str,
     grows: bool,
@@ -230,7 +248,7 @@ def _choose(
 
     config = replace(config, **given(_INIT))
     size = {"samples": DEFAULT_MAX_SAMPLES} if grows else {}
-    number = 0 if isinstance(held_out, list) else held_out
+    number = 0 if isinstance(held_out, (Sample, list)) else held_out
     drawing = DataOptions(**{**size, **given(_DATA)}, held_out=number, seed=config.seed, task=task)
     drawing = drawing.for_gamma(config.gamma)
     token = options.get("token")

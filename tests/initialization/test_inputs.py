@@ -115,7 +115,15 @@ def test_batches_from_a_generator_and_a_loader() -> None:
     model, batches = make_model("llama"), make_batches((9, 12))
     expected = initialize(model, batches, InitConfig(**SMALL))
     loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-    for given in (iter(batches), loader, tuple(batches)):
+
+    class Indexed:
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return batches[index]
+
+    for given in (iter(batches), loader, tuple(batches), Indexed()):
         assert same_factors(initialize(model, given, **SMALL), expected)
 
 
@@ -129,6 +137,14 @@ def test_a_number_in_a_row_makes_it_no_batch(tiny_model: Path, labelled: Path) -
     """As pandas gives them."""
     rows = [{**row, "length": np.int64(3)} for row in rows_of(labelled)]
     assert initialize(tiny_model, rows, **SMALL).sample["format"] == "text"
+
+
+def test_held_out_sample(tiny_model: Path, tiny_data: Path) -> None:
+    """None of the rows that are drawn is held out as well."""
+    others = load_sample(tiny_data, make_word_tokenizer(), DataOptions(samples=3))
+    adapter = initialize(tiny_model, tiny_data, held_out=others, gamma="auto", **SMALL)
+    assert (adapter.loss.held_out, adapter.loss.rows) == (True, 3)
+    assert adapter.sample["rows_used"] == 12
 
 
 def test_with_a_loss_dicts_are_batches() -> None:
@@ -240,7 +256,7 @@ def test_data_that_are_no_data(tiny_model: Path, data: Any, message: str) -> Non
         initialize(tiny_model, data)
 
 
-@pytest.mark.parametrize("held_out", ["rows.jsonl", [{"text": "w1"}], True, {"input_ids": torch.ones(1, 2)}])
+@pytest.mark.parametrize("held_out", ["rows.jsonl", [{"text": "w1"}], True, 3.5, {"input_ids": torch.ones(1, 2)}])
 def test_what_cannot_be_held_out(held_out: Any) -> None:
     with pytest.raises(DataError, match="held_out is a number of rows to draw, a Sample"):
         initialize(make_model("llama"), make_batches((9,)), held_out=held_out)
