@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import ModelError
+from .openmp import release_workers
 
 _local = threading.local()
 
@@ -75,6 +76,7 @@ class Coroutine:
 
     def _pause(self, request: Any) -> Any:
         self._message = request
+        release_workers()
         self._stopped.release()
         self._go.acquire()
         if self._closed:

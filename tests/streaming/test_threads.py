@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from contextlib import contextmanager
@@ -76,3 +77,33 @@ def test_the_models_device_is_the_current_one_while_it_is_initialised(monkeypatc
     monkeypatch.setattr(module, "current_device", current)
     initialize(make_model("llama"), make_batches(), InitConfig(rank=4))
     assert entered == ["cuda:1", "cpu"]
+
+
+class HeavyGlue(Blocks):
+    """Computes with all cores between its blocks."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block((x @ torch.ones(256, 256)).relu())
+        return x
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_waiting_micro_batches_keep_no_workers():
+    """Without this, each of the 16 would keep three workers of OpenMP: 48 threads more."""
+    seen = []
+
+    class Counting(BlockStack):
+        def run(self, block, args, kwargs):
+            seen.append(len(os.listdir("/proc/self/task")))
+            return super().run(block, args, kwargs)
+
+    model = HeavyGlue([nn.Linear(256, 256) for _ in range(3)])
+    stack = Counting(model, find_blocks(model, "blocks"), ResidentStore())
+    before, threads = torch.get_num_threads(), len(os.listdir("/proc/self/task"))
+    torch.set_num_threads(4)
+    try:
+        stream_losses(stack, WholeModel(model, squares), [torch.randn(512, 256) for _ in range(16)])
+    finally:
+        torch.set_num_threads(before)
+    assert max(seen) <= threads + 16 + 2 * 4  # the driver has workers of its own
