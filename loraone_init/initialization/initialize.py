@@ -91,7 +91,7 @@ def initialize(
     objective.check([*rows, *others])
     by_row = loss is None
     own = [piece.batch for piece in share_of(rows, processes.index, processes.size, by_row)]
-    room = find_room(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)
+    room = find_room(opened, targets, [*own, *others], max_memory, growth is not None, limits)
     samples = Samples(batches, growth, by_row)
     stack = BlockStack.of(opened)
     passes = Passes(stack, targets, objective, limits, config, room.activations, monitor, processes, by_row)

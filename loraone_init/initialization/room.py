@@ -35,12 +35,13 @@ def find_room(
     batches: Sequence[Any],
     max_memory: int | None,
     in_halves: bool = False,
+    ranks: Mapping[str, int] | None = None,
 ) -> Room:
     """What is left of `max_memory`, or of the free memory, beside all else that a run needs on the device.
 
     Block inputs come first; activations are kept only where a limit is given.
     """
-    to_come = estimate_memory(opened, targets, batches, in_halves).to_come
+    to_come = estimate_memory(opened, targets, batches, in_halves, ranks).to_come
     free = free_memory(opened.device)
     by_what_is_free = None if free is None else max(0, int(_SHARE * free) - to_come)
     host = free_memory(torch.device("cpu"))
