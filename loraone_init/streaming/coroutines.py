@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 from ..errors import ModelError
@@ -26,7 +27,8 @@ class Coroutine:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        run = copy_context().run  # context variables are those of the driver
+        self._thread = threading.Thread(target=run, args=(self._run,), name="micro-batch_run", daemon=True)
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self._closed = False
