@@ -35,7 +35,7 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
     budget = config.rank_budget
     ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
-    memory = estimate_memory(opened, targets, sample.batches, in_halves=growth is not None)
+    memory = estimate_memory(opened, targets, sample.batches, growth is not None, limits)
     sizes = growth.sizes(len(sample.rows)) if growth else [len(sample.rows)]
     program = used_memory(opened.device)
     held_out = len(sample.held_out)

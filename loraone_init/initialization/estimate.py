@@ -45,7 +45,7 @@ class Memory:
 
     outside:   weights that are always there: those that belong to no block, or all where none come and go.
     block:     weights that come and go: of the largest block; of two, where the next one comes ahead.
-    gradients: of that block's target layers, and a copy of the largest for its SVD; twice as much in halves.
+    gradients: of that block's target layers, and what the SVD takes that takes most; twice as much in halves.
     inputs:    of all blocks, for the whole sample: kept from the forward to the backward.
     working:   what one block computes for the largest micro-batch, or the head for its chunk of logits.
     """
@@ -67,18 +67,23 @@ class Memory:
 
 
 def estimate_memory(
-    opened: OpenModel, targets: Mapping[str, nn.Module], batches: Sequence[Any], in_halves: bool = False
+    opened: OpenModel,
+    targets: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    in_halves: bool = False,
+    ranks: Mapping[str, int] | None = None,
 ) -> Memory:
     """For batches with input_ids; of others nothing is known, so that inputs and working are 0.
 
     in_halves: each layer has two sums, one for each half of the sample.
+    ranks:     up to which each layer is decomposed; None: each SVD is counted as a copy of its gradient.
     """
     tensors = [*opened.module.named_parameters(), *opened.module.named_buffers()]
     blocks = {block: [t for name, t in tensors if name.startswith(f"{block}.")] for block in opened.blocks}
     block = max((total_bytes(inside) for inside in blocks.values()), default=0)
     everything = total_bytes([t for _, t in tensors])
     copies = _BLOCKS_AT_ONCE[opened.placement, opened.device.type == "cpu"]
-    gradients = [gradient_bytes(targets, name, in_halves) for name in opened.blocks]
+    gradients = [gradient_bytes(targets, name, in_halves, ranks) for name in opened.blocks]
     read = [batch for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
     tokens = [list(num_tokens(opened, batch).values()) for batch in read]
     size = element_size(opened.module)

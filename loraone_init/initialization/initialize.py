@@ -113,7 +113,8 @@ def initialize(
     objective.check([*rows, *others])
     share = shares_of(whole_batches(rows, objective.by_row), processes.size)[processes.index]
     own = [piece.content for piece in share]
-    spare = find_spare_memory(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)
+    in_halves = growth is not None
+    spare = find_spare_memory(opened, targets, [*own, *others], max_memory, in_halves=in_halves, ranks=limits)
     stack = BlockStack.of(opened)
     gradient_pass = GradientPass(
         stack=stack,
@@ -127,7 +128,7 @@ def initialize(
     )
 
     def take(sample: SampleOrBatches) -> PassResult:
-        return gradient_pass.run(batches_of(sample), in_halves=growth is not None)
+        return gradient_pass.run(batches_of(sample), in_halves=in_halves)
 
     with _ready(opened, stack, targets, spare):
         used, found, grown = grow(given, growth, take)

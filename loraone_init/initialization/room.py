@@ -40,15 +40,17 @@ def find_spare_memory(
     batches: Sequence[Any],
     max_memory: int | None,
     in_halves: bool = False,
+    ranks: Mapping[str, int] | None = None,
 ) -> SpareMemory:
     """What a run leaves of `max_memory`, or of the free memory, for block inputs and activations.
 
     batches:   those that this process runs.
     in_halves: whether gradients are taken in two halves.
+    ranks:     up to which rank each layer's gradient is decomposed, which tells where an exact SVD is taken.
 
     Block inputs come first. Activations are kept only where `max_memory` is given.
     """
-    to_come = estimate_memory(opened, targets, batches, in_halves).to_come
+    to_come = estimate_memory(opened, targets, batches, in_halves, ranks).to_come
     free = free_memory(opened.device)
     by_what_is_free = None if free is None else max(0, int(_SHARE * free) - to_come)
     host = free_memory(torch.device("cpu"))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..linalg.svd import svd_bytes
 from .experts import ExpertLinear, expert_layers, fused_parameters, is_fused_experts
 from .targets import is_linear, layer_shape
 
@@ -19,11 +20,23 @@ def total_bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def gradient_bytes(targets: Mapping[str, nn.Module], block: str, in_halves: bool) -> int:
-    """fp32 (fp64 for an fp64 model); the largest is there twice while its SVD runs. In halves, their sum is as well."""
-    inside = [module for name, module in targets.items() if name.startswith(f"{block}.")]
-    sizes = [num_weights(module) * max(4, _weight_size(module)) for module in inside]
-    return (2 if in_halves else 1) * (sum(sizes) + max(sizes, default=0))
+def gradient_bytes(
+    targets: Mapping[str, nn.Module], block: str, in_halves: bool, ranks: Mapping[str, int] | None = None
+) -> int:
+    """fp32 (fp64 for an fp64 model), and what the SVD takes that takes most. In halves, all are there twice, and the
+    sum of one layer's.
+
+    ranks: up to which each layer is decomposed; None: each SVD is counted as a copy.
+    """
+    inside = {name: module for name, module in targets.items() if name.startswith(f"{block}.")}
+    itemsizes = {name: max(4, _weight_size(module)) for name, module in inside.items()}
+    sizes = {name: num_weights(module) * itemsizes[name] for name, module in inside.items()}
+    svds = [
+        sizes[name] if ranks is None else svd_bytes(layer_shape(module), ranks[name], itemsizes[name])
+        for name, module in inside.items()
+    ]
+    summed = max(sizes.values(), default=0) if in_halves else 0
+    return (2 if in_halves else 1) * sum(sizes.values()) + summed + max(svds, default=0)
 
 
 def layer_elements(block: nn.Module) -> int:

@@ -123,7 +123,22 @@ def truncated_svd(
             Omega = torch.randn(G.shape[1], q, generator=generator, device=generator.device).to(G)
             triplets, iterations = _iterate(G, G @ Omega, rank, norm, tolerance, budget)
         method: Method = "randomized" if triplets else "exact"
-        return _result(G, triplets or _exact(G, rank), norm, scale, method, iterations)
+        if triplets is None:
+            triplets = _exact(G.cpu() if budget else G, rank)  # a matrix worth iterating is too large for the device
+        return _result(G, triplets, norm, scale, method, iterations)
+
+
+def svd_bytes(shape: tuple[int, int], rank: int, itemsize: int, oversample: int = 16) -> int:
+    """About what `truncated_svd` takes beside G: a copy, and the exact SVD's fp64 where that is cheaper from the start.
+
+    LAPACK's work included, that is 16 times an fp32 matrix that is square. Where iterations were used up, the exact SVD
+    takes as much in host memory.
+    """
+    m, n = shape
+    k, q = min(shape), rank + oversample
+    exact = _iteration_budget(k, q, None) == 0
+    work = 8 * (2 * m * n + k * (m + n) + 4 * k * k) if exact else 4 * itemsize * q * (m + n)
+    return itemsize * m * n + work
 
 
 @dataclass(frozen=True)
@@ -248,7 +263,7 @@ def _exact(G: Tensor, r: int) -> _Triplets:
 def _result(G: Tensor, t: _Triplets, norm: float, scale: float, method: Method, iterations: int) -> TruncatedSVD:
     """Triplets of the normalised G (m, n) in its dtype, signs fixed, S and norms scaled back."""
     eps = torch.finfo(G.dtype).eps
-    U, Vh = t.U.to(G.dtype), t.Vh.to(G.dtype)
+    U, Vh = t.U.to(G), t.Vh.to(G)
     sign = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
     U, Vh = U * sign, Vh * sign.T
     rank = sum(s > _ZERO * eps * norm for s in t.s[: t.r])

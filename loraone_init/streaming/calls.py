@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextvars import Context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from .activations import ActivationBudget, HeldBytes
 from .boundary import Gradients, edge_of, is_floating, leaf, requires_grad
 from .changes import Objects, changed_after, check_no_gradient_passes
 from .keeping import Kept
-from .stack import BlockRequest, BlockStack
+from .stack import BlockRequest, BlockStack, run_request
 
 
 @dataclass
@@ -30,7 +29,7 @@ class BlockCall:
     graph:     (leaf inputs, what the block returned with its graph), if that is kept; else it is computed again.
     versions:  of the inputs, by which changes in place are noticed.
     objects:   what is in those of the inputs that are neither tensors nor known containers.
-    context:   the context variables that the model had set.
+    request:   as the model called, without its arguments.
     """
 
     block: int
@@ -40,7 +39,7 @@ class BlockCall:
     gradients: Gradients
     versions: list[int | None]
     objects: Objects
-    context: Context
+    request: BlockRequest
     graph: tuple[list[Any], Any] | None = None
 
 
@@ -62,7 +61,8 @@ def forward_block(
     and where their gradients go.
     """
     inputs, spec = pytree.tree_flatten((request.args, request.kwargs))
-    needs_grad = trained is not None and (request.block in trained or any(map(requires_grad, inputs)))
+    wanted = trained is not None and request.modes.grad
+    needs_grad = wanted and (request.block in (trained or ()) or any(map(requires_grad, inputs)))
     leaves = [leaf(value, requires_grad(value)) for value in inputs]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     versions = [_version(tensor) for tensor in inputs]
@@ -71,7 +71,7 @@ def forward_block(
         outputs, graph = _with_graph(stack, request, args, kwargs, budget)
     else:
         with torch.no_grad():
-            outputs = request.context.run(stack.run, request.block, args, kwargs)
+            outputs = run_request(stack, request, args, kwargs)
     if versions != [_version(tensor) for tensor in inputs]:
         raise _changes_inputs(stack.names[request.block])
     outputs = pytree.tree_map(partial(leaf, with_grad=False), outputs)
@@ -84,7 +84,8 @@ def forward_block(
     edges = [(index, edge_of(value)) for index, value in enumerate(inputs) if requires_grad(value)]
     gradients = Gradients(stack.keeper, sum(map(is_floating, pytree.tree_leaves(outputs))))
     held = None if graph is None else (leaves, graph)
-    call = BlockCall(request.block, kept, spec, edges, gradients, versions, objects, request.context, held)
+    bare = replace(request, args=(), kwargs={})
+    call = BlockCall(request.block, kept, spec, edges, gradients, versions, objects, bare, held)
     trace.calls.append(call)
     return outputs, gradients
 
@@ -96,7 +97,7 @@ def _with_graph(
     block, held = request.block, HeldBytes()
     try:
         with torch.enable_grad(), held.counted(stack.module(block), stack.names[block]):
-            outputs = request.context.run(stack.run, block, args, kwargs)
+            outputs = run_request(stack, request, args, kwargs)
     except RuntimeError as error:
         if "in-place operation" in str(error):
             raise _changes_inputs(stack.names[block]) from error
@@ -147,7 +148,7 @@ def _compute_again(stack: BlockStack, call: BlockCall) -> tuple[list[Any], Any]:
     del inputs
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
     with torch.enable_grad():
-        return leaves, call.context.run(stack.run, call.block, args, kwargs)
+        return leaves, run_request(stack, call.request, args, kwargs)
 
 
 def input_bytes(request: BlockRequest) -> int:

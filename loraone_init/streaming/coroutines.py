@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 from ..errors import ModelError
+from .openmp import release_workers
 
 _local = threading.local()
 
@@ -25,7 +27,8 @@ class Coroutine:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        run = copy_context().run  # context variables are those of the driver
+        self._thread = threading.Thread(target=run, args=(self._run,), name="micro-batch_run", daemon=True)
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self._closed = False
@@ -75,6 +78,7 @@ class Coroutine:
 
     def _pause(self, request: Any) -> Any:
         self._message = request
+        release_workers()
         self._stopped.release()
         self._go.acquire()
         if self._closed:

@@ -48,8 +48,8 @@ def stream_forward(
     budget:            for graphs that are kept for the backward; None keeps none.
     on_turn:           told the number of the micro-batch whose turn it is, whenever that changes.
 
-    Raises ModelError where micro-batches call different blocks, or a block changes its inputs in place, TooLargeError
-    where memory does not suffice for one of them.
+    Raises ModelError where micro-batches call different blocks, a block changes its inputs in place or leaves tensors
+    behind (see `changes`), TooLargeError where memory does not suffice for one of them.
     """
     passages = [_Passage(stack, forward, trained, budget) for forward in forwards]
     try:

@@ -20,6 +20,7 @@ from .changes import nothing_left_behind
 from .coroutines import pause, running
 from .keeping import Keeper
 from .mappings import Written, as_dicts, run_with_mappings, write_back
+from .modes import Modes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class BlockRequest:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     context: Context = field(default_factory=copy_context)  # the model's own, which its hooks may read
+    modes: Modes = field(default_factory=Modes.here)
 
 
 class BlockStack:
@@ -91,6 +93,14 @@ class BlockStack:
         """
         with nothing_left_behind(self.names[block], self._modules[block], args, kwargs):
             return run_with_mappings(self._forwards[block], args, kwargs)
+
+
+def run_request(
+    stack: BlockStack, request: BlockRequest, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Written]:
+    """`stack.run` for that request, with the context variables and modes that the model had set where it called."""
+    with request.modes.casting():
+        return request.context.run(stack.run, request.block, args, kwargs)
 
 
 def _request_block(block: int, *args: Any, **kwargs: Any) -> Any:

@@ -156,3 +156,15 @@ def test_max_memory_that_is_too_little_is_said(command: Command, tiny_model: Pat
     assert result.exit_code == 0
     assert "\nWarning: About " in result.stderr
     assert "more than --max-memory 1 MiB" in result.stderr
+
+
+def test_exact_svds_are_counted() -> None:
+    """At so high a rank the exact SVD in fp64 is cheaper: of the largest matrix (48, 32), not one copy."""
+    model = make_model("llama", torch.float32)
+    targets = select_targets(model, "all-linear")
+    copies, exact = (
+        estimate_memory(open_module(model), targets, make_batches(), ranks=ranks).gradients
+        for ranks in (None, dict.fromkeys(targets, 16))
+    )
+    matrix = 48 * 32
+    assert exact - copies == 8 * (2 * matrix + 32 * (48 + 32) + 4 * 32 * 32)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import threading
 from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from loraone_init.errors import ConfigError, NumericalError
 from loraone_init.linalg import svd
 from loraone_init.linalg.precision import full_precision
 from loraone_init.linalg.seeding import layer_generator
-from loraone_init.linalg.svd import MIN_GAP, TruncatedSVD, truncated_svd
+from loraone_init.linalg.svd import MIN_GAP, TruncatedSVD, svd_bytes, truncated_svd
 
 EPS32 = torch.finfo(torch.float32).eps
 TOLERANCE = 1e-3  # the default: what the sine estimate must come down to
@@ -461,3 +463,51 @@ def test_reduced_matrix_product_precision_is_off_inside_and_restored_after_an_er
         assert cuda.fp32_precision == "tf32"
     finally:
         cuda.fp32_precision = before
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_estimate_covers_what_the_exact_svd_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square, the worst shape: 17 times G in fp32, with the copy; before, one copy was counted."""
+    G, rank, exact = torch.randn(700, 700), 200, svd._exact
+    seen: list[int] = []
+
+    def watched(G: Tensor, r: int) -> object:
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(1e-3):
+                seen.append(_resident())
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            return exact(G, r)
+        finally:
+            done.set()
+            thread.join()
+
+    monkeypatch.setattr(svd, "_exact", watched)
+    truncated_svd(torch.randn(40, 40), 30, generator=torch.Generator())  # LAPACK's own memory is there from here on
+    before = _resident()
+    assert truncated_svd(G, rank, generator=torch.Generator()).method == "exact"
+    taken = max(seen) - before
+    assert 4 * G.nbytes < taken < 1.2 * svd_bytes((700, 700), rank, 4)
+    assert svd_bytes((700, 700), rank, 4) == 17 * G.nbytes
+
+
+def test_the_exact_svd_that_takes_over_runs_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by `cpu()`, which is asked of the matrix: one worth iterating is too large to be on a GPU 16 times."""
+    moved: list[tuple[int, ...]] = []
+    cpu = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda self: (moved.append(tuple(self.shape)), cpu(self))[1])
+    G = torch.randn(200, 160)
+    found = truncated_svd(G, 2, generator=torch.Generator(), max_iterations=1)
+    assert found.method == "exact"
+    assert moved == [(200, 160)]
+    assert truncated_svd(torch.randn(30, 20), 2, generator=torch.Generator()).method == "exact"
+    assert len(moved) == 1
