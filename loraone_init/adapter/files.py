@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..atomic import check_replaceable, is_leftover
 from ..errors import AdapterError, OutputError
 from ..linalg.factors import LoraPair
 from ..safetensors_files import sort_metadata
@@ -42,13 +43,14 @@ def _check_existing(path: Path, overwrite: bool, suffix: str) -> None:
     if path.suffix == suffix:
         if path.is_dir():
             raise OutputError(f"{path} is a directory; name a file, or a directory without {suffix} at its end")
+        check_replaceable(path)
         existing = [path] if path.exists() else []
     else:
         if path.suffix.lower() in _OTHER_FORMATS:
             raise OutputError(f"{path}: adapters are not written as {path.suffix}; name it {path.stem}{suffix}")
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; an output without {suffix} at its end is a directory")
-        existing = sorted(path.iterdir()) if path.is_dir() else []
+        existing = sorted(file for file in path.iterdir() if not is_leftover(file)) if path.is_dir() else []
     if existing and not overwrite:
         raise OutputError(f"{existing[0]} exists already; choose another output, or pass --overwrite")
 

@@ -70,10 +70,12 @@ def main(
 
 
 def _check_page(path: Path, overwrite: bool) -> None:
+    from ..atomic import check_replaceable
     from ..errors import OutputError
 
     if path.is_dir():
         raise OutputError(f"{path} is a directory; name the page, such as report.html")
+    check_replaceable(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another name, or pass --overwrite")
 

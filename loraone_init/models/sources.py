@@ -10,7 +10,6 @@ import os
 import re
 import struct
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..atomic import workplace
 from ..errors import ConfigError, ModelError, describe
 
 logger = logging.getLogger(__name__)
@@ -94,10 +94,9 @@ def convert_gguf(file: Path) -> Path:
         raise ModelError('reading .gguf files needs two more packages: pip install "loraone-init[gguf]"')
     logger.info("Converting %s to safetensors, once, into %s", file.name, target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=target.parent) as work:
-            _write_converted(file, Path(work, "model"))
-            _move(Path(work, "model"), target)
+        with workplace(target) as place:
+            _write_converted(file, place / "model")
+            _move(place / "model", target)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"cannot write the converted model into {target.parent}: {describe(error)}; set XDG_CACHE_HOME to a"
