@@ -103,6 +103,8 @@ def initialize(
         forwards = Forwards(stack, objective, monitor, processes, by_row)
         with monitor.timed("evaluate"):
             gamma, report = evaluate_step(forwards, drawn.batches, losses, others, pairs, targets, config)
+    if opened.checkpoint is not None:
+        opened.checkpoint.check_unchanged()
     return Adapter(
         pairs={name: shortened(pairs.pop(name), gamma, layers[name].rank) for name in targets},
         config=replace(config, block_path=opened.block_path, gamma=gamma),

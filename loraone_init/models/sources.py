@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..atomic import workplace
+from ..cache import cache_directory, remembered
 from ..errors import ConfigError, ModelError, describe
 
 logger = logging.getLogger(__name__)
@@ -76,11 +77,6 @@ def _local_directory(model: str) -> Path | None:
     if not _HUB_ID.fullmatch(model):
         raise ModelError(f"there is no model directory {model}; {_EXPECTED}")
     return None
-
-
-def cache_directory() -> Path:
-    """Where converted GGUF models are kept: $XDG_CACHE_HOME/loraone-init, by default ~/.cache/loraone-init."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraone-init"
 
 
 def convert_gguf(file: Path) -> Path:
@@ -148,14 +144,16 @@ def _without_bars() -> Iterator[None]:
 
 
 def _content_key(file: Path) -> str:
-    """Short hash of a file's size and first and last MiB: enough to tell model files apart, quick for large ones."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    """The start of the SHA-256 of the whole file, which is read again where it has changed since."""
+    return remembered(file, "sha256", lambda: _sha256(file))[:12]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        digest.update(stream.read(2**20))
-        stream.seek(max(0, size - 2**20))
-        digest.update(stream.read(2**20))
-    return digest.hexdigest()[:12]
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _demo_file() -> Path:

@@ -26,7 +26,7 @@ from ..models.dtypes import DType
 from ..models.opening import open_whole
 from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
-from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint import Checkpoint, same_weights
 from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints
 from .checkpoints import last_whole, step_of
 
@@ -142,7 +142,8 @@ def _peft_model(
 
     dtype = _DTYPES[options.precision]
     base = open_whole(source, checkpoint, dtype, trust_remote_code)
-    if adapter.base.get("fingerprint") not in (None, checkpoint.fingerprint()):
+    checkpoint.check_unchanged()  # it is in memory now
+    if same_weights(adapter.base.get("fingerprint"), checkpoint.fingerprint()) is False:
         logger.warning(
             "The adapter was made for another model, %s; it is trained on %s", adapter.base["name"], source.name
         )
