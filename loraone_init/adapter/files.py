@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..atomic import check_replaceable, is_leftover
-from ..errors import AdapterError, OutputError
+from ..errors import AdapterError, NumericalError, OutputError
 from ..linalg.factors import LoraPair
 from ..safetensors_files import sort_metadata
 
@@ -66,13 +66,21 @@ def _check_writable(path: Path, suffix: str) -> None:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """(header metadata, all tensors). Raises AdapterError where it is no safetensors file."""
+    """(header metadata, all tensors). Raises AdapterError for no safetensors file, or numbers that are not finite."""
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return opened.metadata() or {}, tensors
+            metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is no safetensors file: {error}") from error
+    if (name := not_finite(tensors)) is not None:
+        raise AdapterError(f"{file}: tensor {name} holds numbers that are not finite; its training has failed")
+    return metadata, tensors
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor with NaN or infinity in it; None where all are finite."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def tensor_names(module: str) -> tuple[str, str]:
@@ -86,13 +94,20 @@ def write_weights(
     metadata: Mapping[str, str],
     path: Path,
 ) -> None:
-    """Factors by module, the tensors of modules that are held whole, and the header's metadata, in PEFT's names."""
+    """Factors by module, the tensors of modules that are held whole, and the header's metadata, in PEFT's names.
+
+    Raises NumericalError for a tensor that is not finite.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in pairs.items():
         name_a, name_b = tensor_names(module)
         tensors[name_a], tensors[name_b] = pair.A.contiguous(), pair.B.contiguous()
     for module, weights in saved.items():
         tensors |= {f"{PREFIX}{module}.{leaf}": weight for leaf, weight in weights.items()}
+    if (name := not_finite(tensors)) is not None:
+        raise NumericalError(
+            f"the adapter's tensor {name} is not finite, so nothing is written; train with a lower rate"
+        )
     save_file(tensors, path, metadata=dict(metadata))
     sort_metadata(path)
 
