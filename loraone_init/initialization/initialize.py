@@ -32,6 +32,7 @@ from ..processes.processes import Alone, Processes
 from ..streaming.keeping import keeping
 from ..streaming.stack import BlockStack
 from ..tasks import NAMES
+from .agreement import check_agreement
 from .evaluation import Forwards, evaluate_step
 from .layer_starts import rank_limits, start_layers
 from .passes import Passes
@@ -72,8 +73,9 @@ def initialize(
              all. The adapter equals that of a sample of that size to 1e-5. The passes over the smaller samples take
              about as long as the last one, and gradients twice the memory.
 
-    Raises LoraOneError: ModelError (nothing to adapt), ConfigError (rank too large, γ to be searched with nothing held
-    out), DataError (nothing to train on), NumericalError (a loss or gradient is not finite; names the layer).
+    Raises LoraOneError: ModelError (nothing to adapt, weights that were overwritten meanwhile), ConfigError (rank too
+    large, γ to be searched with nothing held out, processes that were given different things), DataError (nothing to
+    train on), NumericalError (a loss or gradient is not finite; names the layer).
     """
     config = config or InitConfig()
     monitor = monitor or Monitor()
@@ -88,6 +90,7 @@ def initialize(
     if not rows:
         raise DataError("there are no batches; give at least one")
     objective.check([*rows, *others])
+    check_agreement(processes, opened, targets, [*rows, *others], config, growth)
     by_row = loss is None
     own = [piece.batch for piece in share_of(rows, processes.index, processes.size, by_row)]
     room = find_room(opened, targets, [*own, *others], max_memory, in_halves=growth is not None)

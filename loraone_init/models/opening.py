@@ -150,10 +150,19 @@ def open_whole(
 
 
 def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
-    """Any module, with its weights where they are; blocks are found as in `open_model`, none is fine too."""
+    """Any module, with its weights where they are; blocks are found as in `open_model`, none is fine too.
+
+    Raises ModelError for one without parameters, or with an adapter of PEFT in it: its layers would be taken apart.
+    """
     parameter = next(module.parameters(), None)
     if parameter is None:
         raise ModelError(f"{type(module).__name__} has no parameters")
+    wrapped = next((name for name, part in module.named_modules() if type(part).__module__.startswith("peft.")), None)
+    if wrapped is not None:
+        raise ModelError(
+            f"PEFT has put an adapter into this model already{f' (layer {wrapped})' if wrapped else ''}; pass the model"
+            " before get_peft_model, or what peft_model.unload() gives"
+        )
     return OpenModel(
         module=module,
         blocks=tuple(find_blocks(module, block_path)),
