@@ -79,6 +79,9 @@ def target(
         ) -> None:
             with one_line_errors(verbose):
                 start_logging(quiet or as_json, verbose)
+                from ..adapter.inputs import check_apart
+
+                check_apart(output, (model, adapter))
                 (check or _check_directory)(output, overwrite)
                 from loraone_init.exporters.base_model import open_base
                 from loraone_init.exporters.expert_weights import separate_experts

@@ -152,6 +152,7 @@ def _run(
     **options: Any,
 ) -> None:
     from ..adapter.files import check_output
+    from ..adapter.inputs import check_apart
     from ..data.classification_rows import read_labels
     from ..data.sample import load_batches
     from ..errors import ModelError
@@ -167,6 +168,7 @@ def _run(
     max_memory = parse_size(options["max_memory"]) if options["max_memory"] else None
     is_main = processes.index == 0
     if output is not None and is_main:
+        check_apart(output, (model, data))
         check_output(output, options["overwrite"])
     start_logging(quiet, verbose, silent=not is_main)
     use_one_heap()

@@ -46,6 +46,9 @@ def main(
     with one_line_errors(verbose):
         start_logging(as_json, verbose)
         if html is not None:
+            from ..adapter.inputs import check_apart
+
+            check_apart(html, (adapter, compare))
             _check_page(html, overwrite)
         from ..adapter.adapter import Adapter
         from ..inspection.comparison import compare_adapters

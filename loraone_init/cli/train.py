@@ -83,6 +83,7 @@ def _run(
 ) -> None:
     from ..adapter.adapter import Adapter
     from ..adapter.files import is_single_file
+    from ..adapter.inputs import check_apart
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
     from ..models.tokenizer import load_tokenizer
@@ -98,6 +99,7 @@ def _run(
     from ..training.trainer import train
 
     if is_main:  # the others would find what this one writes
+        check_apart(output, (model, data, adapter, options["eval_data"]))
         _check_output(output, options["overwrite"], options["resume"])
     start = Adapter.load(adapter)
     if start.task_type not in ("CAUSAL_LM", None):
