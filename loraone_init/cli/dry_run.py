@@ -17,6 +17,7 @@ from ..adapter.wording import count, describe_sample
 from ..choosing.sample_size import Growth
 from ..config import InitConfig
 from ..data.sample import Sample
+from ..errors import printable
 from ..initialization.estimate import estimate_memory, estimate_seconds
 from ..initialization.evaluation import expected_passes
 from ..initialization.layer_starts import rank_limits
@@ -106,7 +107,7 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
             f"{at_most}about {count(max(1, round(content['seconds'])), 'second')}, by this machine's matrix rate now",
         ),
     ):
-        table.add_row(label, Text(value))
+        table.add_row(label, Text(printable(value)))
     Console().print(table)
 
 

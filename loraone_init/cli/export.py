@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
 from ..failures import one_line_errors
 from ..version import __version__
 from .support import CONTEXT, Command, source_options, start_logging
@@ -158,7 +159,7 @@ def _print(output: Path, facts: dict[str, Any], as_json: bool, quiet: bool) -> N
         click.echo(json.dumps({"output": str(output), **facts}, indent=2))
     elif not quiet:
         told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None)
-        click.echo(f"written: {output} ({told})")
+        click.echo(printable(f"written: {output} ({told})"))
 
 
 @target("merged", takes_experts=True)

@@ -17,6 +17,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.files import DIRECTORY_FILES, is_single_file
 from ..adapter.records import LossReport
 from ..adapter.wording import count, describe_growth, describe_sample, describe_search
+from ..errors import printable
 from ..layers.expert_layout import expert_names
 from ..machine import Peaks, describe_size
 from ..monitor import Monitor
@@ -93,7 +94,7 @@ def warn_if_worse(loss: LossReport, gamma: float) -> None:
         )
     if loss.suggested_gamma is not None:
         text += f" Try --gamma {loss.suggested_gamma:g}: {loss.suggested_loss:.4f} on the same rows."
-    Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
+    Console(stderr=True).print(printable(text), style="bold red", markup=False, soft_wrap=True)
 
 
 def _print_table(summary: Mapping[str, Any]) -> None:
@@ -118,16 +119,16 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         ("peak memory", _describe_peak(summary)),
         ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
     ):
-        table.add_row(label, Text(value))
+        table.add_row(label, Text(printable(value)))
     odd = summary["layers_not_spectral"]
     if odd:
         text = f"{count(len(odd), 'layer')} with a gradient of lower rank, or none, such as {next(iter(odd))}"
-        table.add_row("standard rows", Text(text))
+        table.add_row("standard rows", Text(printable(text)))
     console = Console()
     console.print(table)
     for trainer, lines in summary["trainers"].items():
         console.print(f"\n[bold]{trainer}[/bold]")
-        console.print(lines, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _describe_ranks(summary: Mapping[str, Any]) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
+
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
 else:
@@ -104,7 +106,7 @@ def start_logging(quiet: bool, verbose: bool, silent: bool = False) -> None:
 class _StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.capitalize()}: "
-        click.echo(f"{prefix}{record.getMessage()}", err=True)
+        click.echo(f"{prefix}{printable(record.getMessage())}", err=True)
 
 
 def parse_modules(value: str | None) -> str | tuple[str, ...]:

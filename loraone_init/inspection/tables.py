@@ -14,6 +14,7 @@ from rich.text import Text
 from ..adapter.adapter import Adapter
 from ..adapter.records import LayerReport
 from ..adapter.wording import count, describe_growth, describe_ranks, describe_search
+from ..errors import printable
 from .comparison import Comparison, LayerComparison
 from .facts import Anomaly, LayerFacts, by_depth, by_kind
 from .layer_names import place_of
@@ -68,7 +69,7 @@ def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> N
     console.print(table)
     for where, names in (("the first", comparison.only_first), ("the second", comparison.only_second)):
         if names:
-            console.print(Text(f"only in {where}: {count(len(names), 'layer')}, such as {names[0]}"))
+            console.print(Text(printable(f"only in {where}: {count(len(names), 'layer')}, such as {names[0]}")))
 
 
 def _print_head(console: Console, adapter: Adapter) -> None:
@@ -94,7 +95,7 @@ def _print_head(console: Console, adapter: Adapter) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for label, line in lines.items():
-        table.add_row(label, Text(line))
+        table.add_row(label, Text(printable(line)))
     console.print(table)
 
 
@@ -105,7 +106,7 @@ def _print_anomalies(console: Console, anomalies: Sequence[Anomaly], every_one: 
     console.print(f"\n[bold]Out of the ordinary: {len(anomalies)}[/bold]")
     shown = anomalies if every_one else anomalies[:MAX_ANOMALIES]
     for anomaly in shown:
-        console.print(Text(f"  {anomaly.layer}: {anomaly.text}"))
+        console.print(Text(printable(f"  {anomaly.layer}: {anomaly.text}")))
     if len(shown) < len(anomalies):
         console.print(f"  and {len(anomalies) - len(shown)} more (--layers shows all)")
     console.print()
