@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from loraone_init.errors import ExportError, ModelError, describe
 from loraone_init.layers.targets import layer_shape
 from loraone_init.models.loading import missing_tensors
 from loraone_init.models.sources import LocalModel, resolve_model
-from loraone_init.weights.checkpoint import Checkpoint
+from loraone_init.weights.checkpoint import Checkpoint, same_weights
 from loraone_init.weights.recipes import InseparableError, find_recipes, plain_names
 
 from .expert_weights import separate_experts
@@ -21,6 +22,8 @@ from .lora_weights import LoraWeights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+
+logger = logging.getLogger(__name__)
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -164,11 +167,25 @@ def _check_whole(base: BaseModel, lora: LoraWeights) -> None:
 
 
 def _check_fingerprint(base: BaseModel, lora: LoraWeights) -> None:
+    if lora.fingerprint is None:
+        return
     found = base.checkpoint.fingerprint()
-    if lora.fingerprint not in (None, found):
+    same = same_weights(lora.fingerprint, found)
+    if same is None:
+        logger.warning(
+            "%s has a fingerprint of an older kind, which is not compared: names and shapes alone tell that it belongs"
+            " to %s",
+            lora.path,
+            base.source.name,
+        )
+    elif not same:
         name = (lora.record or {})["base"].get("name")
         raise ExportError(
             f"{lora.path} was made from other weights than those of {base.source.name}: fingerprint"
-            f" {str(lora.fingerprint)[:12]}… of {name}, here {found[:12]}…; pass that model, or --any-base where the"
+            f" {_short(lora.fingerprint)} of {name}, here {_short(found)}; pass that model, or --any-base where the"
             " difference is meant (another dtype, say)"
         )
+
+
+def _short(fingerprint: str) -> str:
+    return f"{fingerprint.rpartition(':')[2][:12]}…"

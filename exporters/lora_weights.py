@@ -13,7 +13,7 @@ import torch
 
 from loraone_init.adapter.adapter import FORMAT_VERSION
 from loraone_init.adapter.files import CONFIG, FACTORS, PREFIX, WEIGHTS, read_tensors, split_name
-from loraone_init.errors import AdapterError
+from loraone_init.errors import AdapterError, ConfigError
 from loraone_init.layers.patterns import find_value
 from loraone_init.linalg.factors import LoraPair
 
@@ -107,7 +107,7 @@ def read_lora(path: Path) -> LoraWeights:
         _check_ranks(pairs, config)
         _check_recorded(pairs, record)
         scales = {module: scale_of(name_in_peft(module, config), len(p.A), config) for module, p in pairs.items()}
-    except AdapterError as error:
+    except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{path}: {error}") from error
     return LoraWeights(path, pairs, scales, config, replacements, frozen, record=record)
 

@@ -64,6 +64,7 @@ def write_merged(base: BaseModel, lora: LoraWeights, directory: Path, dtype: DTy
     if len(checkpoint.shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    checkpoint.check_unchanged()
     _copy_rest(base, lora, directory, dtype, untied=bool(sum_of.untied))
 
 

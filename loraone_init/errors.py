@@ -49,6 +49,14 @@ class MissingPackageError(LoraOneError):
     """Something was asked for that needs a package which is not installed."""
 
 
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text for a terminal: control characters, which could move its cursor or forge lines, are written out."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 _OUT_OF_MEMORY = re.compile(r"out of ?memory|can(no|')t allocate memory|not enough memory|ALLOC_FAILED", re.I)
 
 

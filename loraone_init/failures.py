@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import click
 
-from .errors import LoraOneError, is_out_of_memory
+from .errors import LoraOneError, is_out_of_memory, printable
 
 _OPTION = re.compile(r"`(\w+)(?:=([^`]+))?`")
 
@@ -95,5 +95,5 @@ def fail(message: str, verbose: bool) -> NoReturn:
     """End with exit code 1 and one line; inside an except clause, `verbose` adds its traceback."""
     if verbose:
         traceback.print_exc()
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(1)

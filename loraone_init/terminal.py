@@ -9,6 +9,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from .errors import printable
+
 NAME_WIDTH = 16
 """A column of names is folded down to so many characters where the terminal is too narrow for it."""
 
@@ -21,7 +23,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for label, text in facts:
-        table.add_row(label, Text(text))
+        table.add_row(label, Text(printable(text)))
     Console().print(table)
 
 
@@ -43,9 +45,9 @@ def print_figures(
     longest = 0
     for common, lines in groups.items():
         if common:
-            table.add_row(Text(common, style="italic"))
+            table.add_row(Text(printable(common), style="italic"))
         for name, figures in lines.items():
-            label = f"  {name}" if common else name
+            label = printable(f"  {name}" if common else name)
             table.add_row(Text(label), *figures)
             longest = max(longest, len(common), len(label))
     own_width = Measurement.get(console, console.options.update(width=_UNBOUNDED), table).maximum

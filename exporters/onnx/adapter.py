@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from loraone_init.adapter.files import FACTORS
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ConfigError, ExportError
+from loraone_init.weights.checkpoint import same_weights
 
 from ..base_model import BaseModel
 from ..companions import copy_companions
@@ -75,6 +76,7 @@ def export_adapter_folder(base: BaseModel, lora: LoraWeights, output: Path, opti
             comparison = compare_causal(directory, references[kind], adapter=adapter)
             check(comparison, references[kind], atol, same_tokens=options.atol is None)
             parity[kind] = {what: asdict(found) for what, found in comparison.differences.items()}
+        base.checkpoint.check_unchanged()
         content = {"base_fingerprint": base.checkpoint.fingerprint(), "atol": atol, "differences": parity}
         (directory / PARITY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return {"layers": len(lora.pairs), "adapter": name}
@@ -91,7 +93,10 @@ def export_adapter_file(base: BaseModel, lora: LoraWeights, output: Path, folder
         graph = onnx.load(folder / GRAPH, load_external_data=False).graph
     except (OSError, ValueError, LookupError) as error:
         raise ExportError(f"{folder} is no folder with a base graph that loraone-export onnx-adapter wrote") from error
-    if fingerprint != base.checkpoint.fingerprint():
+    same = same_weights(fingerprint, base.checkpoint.fingerprint())
+    if same is None:
+        logger.warning("The base graph in %s has a fingerprint of an older kind, which is not compared", folder)
+    elif not same:
         raise ExportError(f"the base graph in {folder} was made from other weights than those of {base.source.name}")
     names = {value.name for value in graph.input}
     missing = [module for module in lora.pairs if f"{module}{_ENDINGS[0]}" not in names]

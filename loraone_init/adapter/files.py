@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import AdapterError, OutputError
+from ..atomic import check_replaceable, is_leftover
+from ..errors import AdapterError, NumericalError, OutputError
 from ..linalg.factors import LoraPair
 from ..safetensors_files import sort_metadata
 
@@ -46,13 +47,14 @@ def _check_existing(path: Path, overwrite: bool, suffix: str) -> None:
     if path.suffix == suffix:
         if path.is_dir():
             raise OutputError(f"{path} is a directory; name a file, or a directory without {suffix} at its end")
+        check_replaceable(path)
         existing = [path] if path.exists() else []
     else:
         if path.suffix.lower() in _OTHER_FORMATS:
             raise OutputError(f"{path}: adapters are not written as {path.suffix}; name it {path.stem}{suffix}")
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file; an output without {suffix} at its end is a directory")
-        existing = sorted(path.iterdir()) if path.is_dir() else []
+        existing = sorted(file for file in path.iterdir() if not is_leftover(file)) if path.is_dir() else []
     if existing and not overwrite:
         raise OutputError(f"{existing[0]} exists already; choose another output, or pass `overwrite=True`")
 
@@ -68,13 +70,21 @@ def _check_writable(path: Path, suffix: str) -> None:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """(header metadata, all tensors). Raises AdapterError where it is no safetensors file."""
+    """(header metadata, all tensors). Raises AdapterError for no safetensors file, or numbers that are not finite."""
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return opened.metadata() or {}, tensors
+            metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is no safetensors file: {error}") from error
+    if (name := not_finite(tensors)) is not None:
+        raise AdapterError(f"{file}: tensor {name} holds numbers that are not finite; its training has failed")
+    return metadata, tensors
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The first tensor with NaN or infinity in it; None where all are finite."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def tensor_names(module: str, adapter: str | None = None) -> tuple[str, str]:
@@ -96,13 +106,20 @@ def write_weights(
     metadata: Mapping[str, str],
     path: Path,
 ) -> None:
-    """Factors by module, the tensors of modules that are held whole, and the header's metadata, in PEFT's names."""
+    """Factors by module, the tensors of modules that are held whole, and the header's metadata, in PEFT's names.
+
+    Raises NumericalError for a tensor that is not finite.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in pairs.items():
         name_a, name_b = tensor_names(module)
         tensors[name_a], tensors[name_b] = pair.A.contiguous(), pair.B.contiguous()
     for module, weights in saved.items():
         tensors |= {f"{PREFIX}{module}.{leaf}": weight for leaf, weight in weights.items()}
+    if (name := not_finite(tensors)) is not None:
+        raise NumericalError(
+            f"the adapter's tensor {name} is not finite, so nothing is written; train with a lower rate"
+        )
     save_file(tensors, path, metadata=dict(metadata))
     sort_metadata(path)
 

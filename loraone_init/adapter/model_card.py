@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tasks import NAMES, task_of_peft
 from .records import Curve
-from .wording import describe_labels, describe_ranks, loss_text
+from .wording import cell, code_cell, describe_labels, describe_ranks, loss_text, quoted, yaml_value
 
 _CARD = """---
 {base_line}library_name: peft
@@ -24,8 +24,8 @@ tags:
 
 | | |
 |---|---|
-| Base model | `{base}` |
-| Data | `{source}`, {rows} rows, {trained_on} |
+| Base model | {base_code} |
+| Data | {source}, {rows} rows, {trained_on} |
 | Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
 {searched}| Mean loss, on {loss_rows} | {before:.4f} before the step, {after} after it |
 | Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
@@ -73,16 +73,17 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         ),
         trainable=", is_trainable=True)  # then any trainer" if training is None else ")",
         training="" if training is None else _training_rows(training),
-        base_line=f"base_model: {name}\n" if name else "",
-        base=name or "MODEL",
+        base_line=f"base_model: {yaml_value(name)}\n" if name else "",
+        base=cell(name or "MODEL"),
+        base_code=code_cell(name or "MODEL"),
         rank=describe_ranks([len(layer["singular_values"]) for layer in layers]),
         alpha=config["alpha"],
         gamma=config["gamma"],
-        scaling=config["scaling"],
+        scaling=cell(config["scaling"]),
         layers=len(layers),
-        source=sample.get("source", "batches from Python"),
-        rows=sample.get("rows_used", "?"),
-        trained_on=(
+        source=code_cell(sample.get("source", "batches from Python")),
+        rows=cell(sample.get("rows_used", "?")),
+        trained_on=cell(
             describe_labels(sample) if "labels" in sample else f"{sample.get('num_label_tokens', '?')} label tokens"
         ),
         opening=opening_lines(name or "MODEL", peft_config["task_type"], sample),
@@ -107,8 +108,8 @@ def _search_row(curve: Curve) -> str:
 
 def _training_rows(training: Mapping[str, Any]) -> str:
     rows = [
-        f"| Training | {training['steps']} steps, {training['optimizer']}, learning rate {training['learning_rate']:g},"
-        f" {training['schedule']} schedule |"
+        f"| Training | {training['steps']:g} steps, {cell(training['optimizer'])}, learning rate"
+        f" {training['learning_rate']:g}, {cell(training['schedule'])} schedule |"
     ]
     for what, first, last in (
         ("Training loss", training["first_loss"], training["last_loss"]),
@@ -123,7 +124,7 @@ def opening_lines(base: str, task_type: str | None, sample: Mapping[str, Any]) -
     """Python that opens the base model of an adapter. sample: its record of the data, for a classifier's labels."""
     task = task_of_peft(task_type)
     name = "AutoModel" if task is None else NAMES[task].auto_class
-    arguments = [f'"{base}"']
+    arguments = [quoted(base)]
     if "labels" in sample:
         arguments.append(f"num_labels={len(sample['labels'])}")
     if sample.get("problem") == "multi_label_classification":

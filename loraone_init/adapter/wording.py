@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from ..errors import printable
 from .records import Curve, GrowthStage
+
+_PLAIN = re.compile(r"[A-Za-z./][\w./@-]*", re.ASCII)
+_YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|#&])")
+
+
+def quoted(text: str) -> str:
+    """A string of Python, JavaScript or JSON that means the text, whatever is in it."""
+    return json.dumps(text)
+
+
+def yaml_value(text: str) -> str:
+    """A value of YAML that means the text: as it is, where that is plain."""
+    return text if _PLAIN.fullmatch(text) and text.lower() not in _YAML_WORDS else quoted(text)
+
+
+def cell(text: object) -> str:
+    """For a line or a table's cell of Markdown: one line, and what would be read as Markdown or HTML is escaped."""
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(str(text).split())))
+
+
+def code_cell(text: object) -> str:
+    """As `cell`, in code: no escapes work there, but the one of the column's end."""
+    return f"`{printable(' '.join(str(text).split())).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 
 def describe_labels(sample: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import click
 
 from loraone_init.exporters.onnx.options import ATOL, OnnxOptions
 
+from ..errors import printable
 from ..failures import one_line_errors
 from ..version import __version__
 from .export_targets import Gguf, Merged, Mlx, Onnx, OnnxAdapter, Peft, Target
@@ -147,6 +148,9 @@ def _run(options: Target) -> None:
     """Open the base and the adapter, write the target and say so."""
     with one_line_errors(options.verbose):
         start_logging(options.quiet or options.as_json, options.verbose)
+        from ..adapter.inputs import check_apart
+
+        check_apart(options.output, (options.model, options.adapter))
         options.check()
         from loraone_init.exporters.base_model import open_base
         from loraone_init.exporters.expert_weights import separate_experts
@@ -179,7 +183,7 @@ def _print(options: Target, facts: dict[str, Any]) -> None:
         told = ", ".join(
             f"{key.replace('_', ' ')} {_short(value)}" for key, value in facts.items() if value is not None
         )
-        click.echo(f"written: {options.output} ({told})")
+        click.echo(printable(f"written: {options.output} ({told})"))
 
 
 def _short(value: Any) -> str:

@@ -188,10 +188,12 @@ def check_directory(output: Path, overwrite: bool) -> None:
 
 def check_file(output: Path, overwrite: bool) -> None:
     """Raise OutputError where no file can be written."""
+    from ..atomic import check_replaceable
     from ..errors import OutputError
 
     if output.is_dir():
         raise OutputError(f"{output} is a directory; name a file")
+    check_replaceable(output)
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists already; choose another output, or pass --overwrite")
     if not output.parent.is_dir():

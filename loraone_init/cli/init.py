@@ -159,6 +159,7 @@ def main(**given: Any) -> None:
 
 def _run(processes: Processes, options: InitOptions) -> None:
     from ..adapter.files import check_output
+    from ..adapter.inputs import check_apart
     from ..data.classification_rows import read_labels
     from ..data.rows import require_packages
     from ..data.sample import load_sample
@@ -172,6 +173,7 @@ def _run(processes: Processes, options: InitOptions) -> None:
     config, growth, wanted, max_bytes = options.config(), options.growth(), options.rows(), options.max_bytes()
     is_main, output = processes.index == 0, options.output
     if output is not None and is_main:
+        check_apart(output, (options.model, options.data))
         check_output(output, options.overwrite)
     start_logging(options.quiet, options.verbose, silent=not is_main)
     require_packages(options.data)

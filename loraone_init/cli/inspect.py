@@ -58,6 +58,9 @@ def main(**given: Any) -> None:
 def _run(options: InspectOptions) -> None:
     start_logging(options.as_json, options.verbose)
     if options.html is not None:
+        from ..adapter.inputs import check_apart
+
+        check_apart(options.html, (options.adapter, options.compare))
         _check_page(options.html, options.overwrite)
     from ..adapter.adapter import Adapter
     from ..inspection.comparison import compare_adapters
@@ -82,10 +85,12 @@ def _run(options: InspectOptions) -> None:
 
 
 def _check_page(path: Path, overwrite: bool) -> None:
+    from ..atomic import check_replaceable
     from ..errors import OutputError
 
     if path.is_dir():
         raise OutputError(f"{path} is a directory; name the page, such as report.html")
+    check_replaceable(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another name, or pass --overwrite")
 

@@ -15,6 +15,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.files import DIRECTORY_FILES, is_single_file
 from ..adapter.records import LossReport
 from ..adapter.wording import count, describe_growth, describe_sample, describe_search, loss_text
+from ..errors import printable
 from ..layers.expert_layout import expert_names
 from ..machine import Peaks, describe_size
 from ..monitor import Monitor
@@ -92,7 +93,7 @@ def warn_if_worse(loss: LossReport, gamma: float) -> None:
         )
     if loss.suggested_gamma is not None:
         text += f" Try --gamma {loss.suggested_gamma:g}: {loss.suggested_loss:.4f} on the same rows."
-    Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
+    Console(stderr=True).print(printable(text), style="bold red", markup=False, soft_wrap=True)
 
 
 def _print_table(summary: Mapping[str, Any]) -> None:
@@ -122,7 +123,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     console = Console()
     for trainer, lines in summary["trainers"].items():
         console.print(f"\n[bold]{trainer}[/bold]")
-        console.print(lines, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _describe_ranks(summary: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ..data.options import DataOptions
+from ..errors import printable
 from ..failures import with_flags
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _silence_libraries() -> None:
 class _StandardError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.capitalize()}: "
-        click.echo(f"{prefix}{with_flags(record.getMessage())}", err=True)
+        click.echo(f"{prefix}{printable(with_flags(record.getMessage()))}", err=True)
 
 
 def parse_modules(value: str | None) -> str | tuple[str, ...]:

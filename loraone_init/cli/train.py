@@ -104,6 +104,7 @@ def _run(options: TrainCommand) -> None:
     start_logging(options.quiet or options.as_json or not is_main, options.verbose)
     from ..adapter.adapter import Adapter
     from ..adapter.files import is_single_file
+    from ..adapter.inputs import check_apart
     from ..data import rows as data_rows
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
@@ -119,6 +120,7 @@ def _run(options: TrainCommand) -> None:
     for needed in filter(None, (options.data, options.eval_data)):
         data_rows.require_packages(needed)
     if is_main:  # the others would find what this one writes
+        check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data))
         _check_output(options.output, options.overwrite, options.resume)
     start = Adapter.load(options.adapter)
     if start.task_type not in ("CAUSAL_LM", None):

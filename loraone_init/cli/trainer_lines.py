@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from shlex import quote
 
 from ..adapter.adapter import Adapter
 from ..adapter.files import is_single_file
 from ..adapter.model_card import opening_lines
+from ..adapter.wording import quoted, yaml_value
 
 _DIRECTORY = "lora-dir"
 
@@ -22,15 +25,20 @@ def lines_for_trainers(adapter: Adapter, output: Path) -> dict[str, str]:
     lines = {
         "PEFT, TRL": (
             f"from peft import PeftModel\n{opening_lines(model, adapter.task_type, adapter.sample)}\n"
-            f'model = PeftModel.from_pretrained(base, "{directory}", is_trainable=True)'
+            f"model = PeftModel.from_pretrained(base, {quoted(directory)}, is_trainable=True)"
         ).replace("\n\n", "\n"),
-        "Axolotl": f"base_model: {model}\nadapter: lora\nlora_model_dir: {directory}",
-        "LLaMA-Factory": f"model_name_or_path: {model}\nfinetuning_type: lora\nadapter_name_or_path: {directory}",
-        "ms-swift": f"swift sft --model {model} --adapters {directory}",
+        "Axolotl": f"base_model: {yaml_value(model)}\nadapter: lora\nlora_model_dir: {yaml_value(directory)}",
+        "LLaMA-Factory": (
+            f"model_name_or_path: {yaml_value(model)}\nfinetuning_type: lora\n"
+            f"adapter_name_or_path: {yaml_value(directory)}"
+        ),
+        "ms-swift": f"swift sft --model {quote(model)} --adapters {quote(directory)}",
     }
     if adapter.task_type != "CAUSAL_LM":
         lines = {"PEFT": lines["PEFT, TRL"]}
     if not single:
         return lines
-    convert = f"from loraone_init import Adapter; Adapter.load('{output}').save('{_DIRECTORY}')"
-    return {"As a directory": f'python -c "{convert}"', **lines}
+    path = str(output)
+    convert = f"from loraone_init import Adapter; Adapter.load({path!r}).save('{_DIRECTORY}')"
+    plain = f'python -c "{convert}"' if re.fullmatch(r"[\w./ -]+", path) else f"python -c {quote(convert)}"
+    return {"As a directory": plain, **lines}

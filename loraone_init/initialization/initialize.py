@@ -34,6 +34,7 @@ from ..processes.processes import Alone, Processes
 from ..streaming.keeping import keeping
 from ..streaming.stack import BlockStack
 from ..tasks import NAMES
+from .agreement import check_agreement
 from .evaluation import LossEvaluator, evaluate_step, expected_passes
 from .inputs import Model, resolve
 from .layer_starts import rank_limits
@@ -84,8 +85,9 @@ def initialize(
              `open_model`; where rows are drawn here, fields of `DataOptions`, and the `tokenizer` to read them with in
              place of the model's own. `seed` is for all of these.
 
-    Raises LoraOneError: ModelError (cannot be opened, nothing to adapt), ConfigError (an option that is unknown, out of
-    range or would have to be ignored; γ to be searched with nothing held out), DataError (cannot be read, nothing to
+    Raises LoraOneError: ModelError (cannot be opened, nothing to adapt, weights that were overwritten meanwhile),
+    ConfigError (an option that is unknown, out of range or would have to be ignored; γ to be searched with nothing held
+    out; processes that were given different things), DataError (cannot be read, nothing to
     train on), NumericalError (a loss or gradient is not finite; names the layer).
     """
     monitor = monitor or Monitor()
@@ -111,6 +113,7 @@ def initialize(
     if not rows:
         raise DataError("there are no batches; give at least one")
     objective.check([*rows, *others])
+    check_agreement(processes, opened, targets, [*rows, *others], config, growth)
     share = shares_of(whole_batches(rows, objective.by_row), processes.size)[processes.index]
     own = [piece.content for piece in share]
     in_halves = growth is not None
@@ -138,6 +141,8 @@ def initialize(
             gamma, report = evaluate_step(
                 evaluator, batches_of(used), found.losses, others, found.pairs, targets, config
             )
+    if opened.checkpoint is not None:
+        opened.checkpoint.check_unchanged()
     return Adapter(
         pairs={name: shortened(found.pairs.pop(name), gamma, found.layers[name].rank) for name in targets},
         config=replace(config, block_path=opened.block_path, gamma=gamma),

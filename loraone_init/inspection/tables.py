@@ -14,6 +14,7 @@ from rich.text import Text
 from ..adapter.adapter import Adapter
 from ..adapter.records import LayerReport
 from ..adapter.wording import count, describe_growth, describe_ranks, describe_search, loss_text
+from ..errors import printable
 from ..terminal import print_facts, print_figures
 from .comparison import Comparison, LayerComparison
 from .facts import Anomaly, LayerFacts
@@ -53,7 +54,7 @@ def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> N
     print_figures("layer" if every_layer else "layer type, median", _ANGLES, _lines(groups, _angles))
     for where, names in (("the first", comparison.only_first), ("the second", comparison.only_second)):
         if names:
-            console.print(Text(f"only in {where}: {count(len(names), 'layer')}, such as {names[0]}"))
+            console.print(Text(printable(f"only in {where}: {count(len(names), 'layer')}, such as {names[0]}")))
 
 
 def _angles(alike: Sequence[LayerComparison]) -> list[str]:
@@ -99,7 +100,7 @@ def _print_anomalies(anomalies: Sequence[Anomaly], every_one: bool) -> None:
     console.print(f"\n[bold]Out of the ordinary: {len(anomalies)}[/bold]")
     shown = anomalies if every_one else anomalies[:MAX_ANOMALIES]
     for anomaly in shown:
-        console.print(Text(f"  {anomaly.layer}: {anomaly.text}"))
+        console.print(Text(printable(f"  {anomaly.layer}: {anomaly.text}")))
     if len(shown) < len(anomalies):
         console.print(f"  and {len(anomalies) - len(shown)} more (--layers shows all)")
     console.print()

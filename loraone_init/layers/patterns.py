@@ -10,6 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+import regex
+
+from ..errors import ConfigError
+
+_SECONDS = 1.0  # for one name; the usual ones take microseconds
+
 T = TypeVar("T")
 
 
@@ -24,8 +30,38 @@ def patterns(values: Mapping[str, T], common: T) -> dict[str, T]:
 
 
 def find_value(patterns: Mapping[str, T] | None, name: str, common: T) -> T:
-    """The value of the first key that matches as PEFT matches, else the `common` one."""
+    """The value of the first key that matches as PEFT matches, else the `common` one.
+
+    Raises ConfigError for a key that is no regular expression, or one that takes too long.
+    """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _is_key_of(pattern, name):
             return value
     return common
+
+
+def _is_key_of(pattern: str, name: str) -> bool:
+    """Keys that stand for themselves are compared, all others searched with; most keys are of the first kind."""
+    if pattern.startswith("^"):
+        literal = re.sub(r"\\(.)", r"\1", pattern[1:])
+        if pattern == pattern_of(literal):
+            return name == literal
+    if re.fullmatch(r"[\w-]+", pattern):
+        return name == pattern or name.endswith(f".{pattern}")
+    return fully_matches(rf"(?:.*\.)?(?:{pattern})", name)
+
+
+def fully_matches(pattern: str, name: str) -> bool:
+    """Whether all of the name matches; for patterns of users and of files, which may be anything.
+
+    Raises ConfigError for what is no regular expression, and for one that would take too long: the time that some take
+    doubles with each letter of the name.
+    """
+    try:
+        return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
+    except TimeoutError as error:
+        raise ConfigError(
+            f"the regular expression {pattern!r} takes too long for {name!r}; write it with fewer repetitions"
+        ) from error
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 
 import torch
 from torch import nn
 
 from ..config import ALL_LINEAR
-from ..errors import ConfigError, ModelError
+from ..errors import ModelError
 from .expert_layout import expert_name
 from .experts import expert_layers, fused_parameters, is_fused_experts, is_other_experts
+from .patterns import fully_matches
 
 logger = logging.getLogger(__name__)
 
@@ -114,17 +114,14 @@ def _check_names(wanted: str | tuple[str, ...], modules: dict[str, nn.Module], l
 def _matches(name: str, wanted: str | tuple[str, ...]) -> bool:
     if isinstance(wanted, tuple):
         return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
-    if not wanted:
-        return False
-    try:
-        return re.fullmatch(wanted, name) is not None
-    except re.error as error:
-        raise ConfigError(f"{wanted!r} is not a regular expression: {error}") from error
+    return bool(wanted) and fully_matches(wanted, name)
 
 
 def _whole_name_hint(linear: dict[str, nn.Module], wanted: str | tuple[str, ...]) -> str:
     """A remedy where a regular expression matches a part of a name only."""
-    if isinstance(wanted, tuple) or wanted == ALL_LINEAR or not any(re.search(wanted, name) for name in linear):
+    if isinstance(wanted, tuple) or wanted == ALL_LINEAR:
+        return ""
+    if not any(fully_matches(f".*(?:{wanted}).*", name) for name in linear):
         return ""
     return f": it has to match a whole name, as '.*({wanted})' does"
 

@@ -43,11 +43,12 @@ class OpenModel:
     blocks:      names of the modules that are run one after the other; () for a module that has none.
     store:       what holds the blocks' weights between their uses.
     name:        what the adapter names as its base; for a module from Python its `name_or_path`, None without one.
-    fingerprint: of the checkpoint (see `Checkpoint.fingerprint`); None for a module from Python.
+    fingerprint: of the checkpoint (see `Checkpoint.fingerprint`); None for a module from Python, or without weights.
     block_path:  name of the module list that is streamed; None where it was found by itself.
     labels:      what the outputs of a classifier stand for.
     saved:       modules that the adapter holds as a whole: a classifier's head, and its pooler where it was drawn.
     placement:   where the blocks' weights are between their uses.
+    checkpoint:  what the weights are read from; None for a module from Python.
     """
 
     module: nn.Module
@@ -63,6 +64,7 @@ class OpenModel:
     labels: Labels | None = None
     saved: tuple[str, ...] = ()
     placement: Place = "device"
+    checkpoint: Checkpoint | None = None
 
     def __repr__(self) -> str:
         name = self.name or type(self.module).__name__
@@ -128,7 +130,8 @@ def open_model(
         device=place,
         name=source.name,
         revision=source.revision,
-        fingerprint=checkpoint.fingerprint(),
+        fingerprint=checkpoint.fingerprint() if weights else None,
+        checkpoint=checkpoint,
         tokenizer=tokenizer,
         block_path=block_path,
         task=task,
@@ -151,10 +154,19 @@ def open_whole(
 
 
 def open_module(module: nn.Module, block_path: str | None = None) -> OpenModel:
-    """Any module, with its weights where they are; blocks are found as in `open_model`, none is fine too."""
+    """Any module, with its weights where they are; blocks are found as in `open_model`, none is fine too.
+
+    Raises ModelError for one without parameters, or with an adapter of PEFT in it: its layers would be taken apart.
+    """
     parameter = next(module.parameters(), None)
     if parameter is None:
         raise ModelError(f"{type(module).__name__} has no parameters")
+    wrapped = next((name for name, part in module.named_modules() if type(part).__module__.startswith("peft.")), None)
+    if wrapped is not None:
+        raise ModelError(
+            f"PEFT has put an adapter into this model already{f' (layer {wrapped})' if wrapped else ''}; pass the model"
+            " before get_peft_model, or what peft_model.unload() gives"
+        )
     return OpenModel(
         module=module,
         blocks=tuple(find_blocks(module, block_path)),

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..atomic import workplace
+from ..cache import cache_directory, remembered
 from ..errors import ConfigError, ModelError, describe
 from ..extras import how_to_install, require
 
@@ -78,11 +79,6 @@ def _local_directory(model: str) -> Path | None:
     return None
 
 
-def cache_directory() -> Path:
-    """Where converted GGUF models are kept: $XDG_CACHE_HOME/loraone-init, by default ~/.cache/loraone-init."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraone-init"
-
-
 def convert_gguf(file: Path) -> Path:
     """The safetensors directory (fp32) of a GGUF file, made on first use and found by the file's content after that."""
     if not os.path.isfile(file):
@@ -93,10 +89,9 @@ def convert_gguf(file: Path) -> Path:
     require("gguf", "gguf", "accelerate", by=f"reading {file.name}")
     logger.info("Converting %s to safetensors, once, into %s", file.name, target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{file.stem}-", dir=target.parent) as work:
-            _write_converted(file, Path(work, "model"))
-            _move(Path(work, "model"), target)
+        with workplace(target) as place:
+            _write_converted(file, place / "model")
+            _move(place / "model", target)
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"cannot write the converted model into {target.parent}: {describe(error)}; set XDG_CACHE_HOME to a"
@@ -145,14 +140,16 @@ def _without_bars() -> Iterator[None]:
 
 
 def _content_key(file: Path) -> str:
-    """Short hash of a file's size and first and last MiB: enough to tell model files apart, quick for large ones."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    """The start of the SHA-256 of the whole file, which is read again where it has changed since."""
+    return remembered(file, "sha256", lambda: _sha256(file))[:12]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
-        digest.update(stream.read(2**20))
-        stream.seek(max(0, size - 2**20))
-        digest.update(stream.read(2**20))
-    return digest.hexdigest()[:12]
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _demo_file() -> Path:

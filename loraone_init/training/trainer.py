@@ -27,7 +27,7 @@ from ..models.dtypes import DType
 from ..models.opening import open_whole
 from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
-from ..weights.checkpoint import Checkpoint
+from ..weights.checkpoint import Checkpoint, same_weights
 from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints
 from .checkpoints import last_whole, step_of
 from .options import Precision, TrainOptions
@@ -76,8 +76,9 @@ def train(
     resume: go on from the last whole checkpoint in `output`, or start where there is none. Steps and losses are those
             of a training that was never interrupted.
 
-    Raises MissingPackageError (see `require_packages`), ConfigError for what does not go together, ModelError where the
-    adapter does not fit the model, NumericalError where the loss is not finite.
+    Raises MissingPackageError (see `require_packages`), ConfigError for what does not go together, and for processes
+    that were given different things, ModelError where the adapter does not fit the model, NumericalError where the loss
+    is not finite.
     """
     require_packages(options)
     _refuse_sharding(options)
@@ -87,6 +88,7 @@ def train(
     record = {**facts, "base": checkpoint.fingerprint(), "adapter": _digest(adapter)}
     stop = FinishOnSignal()
     trainer = _trainer(model, adapter, data, evaluation, output, options, [stop, LogLines(), SealCheckpoints(record)])
+    _check_agreement(record)
     start = last_whole(output, record) if resume else None
     if start is not None:
         logger.info("Going on after step %d", step_of(start))
@@ -109,7 +111,8 @@ def _peft_model(
 
     dtype = _DTYPES[options.precision]
     base = open_whole(source, checkpoint, dtype, trust_remote_code)
-    if adapter.base.get("fingerprint") not in (None, checkpoint.fingerprint()):
+    checkpoint.check_unchanged()  # it is in memory now
+    if same_weights(adapter.base.get("fingerprint"), checkpoint.fingerprint()) is False:
         logger.warning(
             "The adapter was made for another model, %s; it is trained on %s", adapter.base["name"], source.name
         )
@@ -212,6 +215,21 @@ def _facts(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, A
     preconditioner = asdict(chosen) if options.optimizer == "preconditioned" else None
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     return {**record, "preconditioner": preconditioner, "processes": processes, "data": data.sha256}
+
+
+def _check_agreement(record: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the processes of a run were given different options, data, adapters or models."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    records: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(records, dict(record))
+    for index, other in enumerate(records):
+        for name, value in records[0].items():
+            if other.get(name) != value:
+                raise ConfigError(
+                    f"processes 0 and {index} were given different things: {name} is {value!r} and {other.get(name)!r};"
+                    " start all alike"
+                )
 
 
 def _digest(adapter: Adapter) -> str:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..cache import remembered
 from ..errors import ModelError
 from ..safetensors_files import DTYPES, read_header
 
-FINGERPRINT_BYTES = 4096
-"""Leading bytes of every tensor's data that enter the fingerprint."""
+FINGERPRINT_KIND = "all-bytes:"
+"""Fingerprints without a kind are older: over the first 4,096 bytes of each tensor only."""
 
-
+_CHUNK = 2**22
+_HASHING_THREADS = 4
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 INDEX = "model.safetensors.index.json"
 _CONVERT = (
@@ -29,7 +33,8 @@ class Checkpoint:
     """The tensors of the safetensors files in a model directory, by their names in the files."""
 
     def __init__(self, directory: Path) -> None:
-        self._files = {path: _open(path) for path in _shards(directory)}
+        self._states = {path: _state(path) for path in _shards(directory)}
+        self._files = {path: _open(path) for path in self._states}
         self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
 
     @property
@@ -67,22 +72,59 @@ class Checkpoint:
         return torch.Size(self._files[self._where[name]].get_slice(name).get_shape())
 
     def fingerprint(self) -> str:
-        """SHA-256 over each tensor's name, dtype, shape and first 4,096 bytes, in order of names (docs/format.md).
+        """The kind, "all-bytes:", and SHA-256 over each tensor's name, dtype, shape and data (docs/format.md).
 
-        Independent of how tensors are distributed over shards; fine-tuning changes it, resharding does not.
+        Independent of how tensors are distributed over shards. All data are read, once for each state of a file.
         """
-        headers = {path: read_header(path) for path in self._files}
         digest = hashlib.sha256()
+        digests: dict[str, str] = {}
+        for path in self._files:
+            digests |= remembered(path, "tensors", partial(_digest_tensors, path))
         for name in self.names:
-            path = self._where[name]
-            start, header = headers[path]
-            entry = header[name]
-            begin, end = entry["data_offsets"]
-            digest.update(json.dumps([name, entry["dtype"], entry["shape"]], separators=(",", ":")).encode())
-            with open(path, "rb") as file:
-                file.seek(start + begin)
-                digest.update(file.read(min(end - begin, FINGERPRINT_BYTES)))
-        return digest.hexdigest()
+            view = self._files[self._where[name]].get_slice(name)
+            entry = [name, view.get_dtype(), list(view.get_shape()), digests[name]]
+            digest.update(json.dumps(entry, separators=(",", ":")).encode())
+        return f"{FINGERPRINT_KIND}{digest.hexdigest()}"
+
+    def check_unchanged(self) -> None:
+        """Raise ModelError where a file has been written to since this checkpoint was opened."""
+        for path, state in self._states.items():
+            if _state(path) != state:
+                raise ModelError(f"{path} has been changed while it was in use; leave it as it is, and run this again")
+
+
+def same_weights(recorded: str | None, found: str) -> bool | None:
+    """Whether two fingerprints are of the same weights; None where they are of different kinds, or one is missing."""
+    if recorded is None or recorded.startswith(FINGERPRINT_KIND) != found.startswith(FINGERPRINT_KIND):
+        return None
+    return recorded == found
+
+
+def _digest_tensors(path: Path) -> dict[str, str]:
+    """SHA-256, hexadecimal, of each tensor's data."""
+    start, header = read_header(path)
+
+    def digest(name: str) -> str:
+        begin, end = header[name]["data_offsets"]
+        found, left = hashlib.sha256(), end - begin
+        with open(path, "rb") as file:
+            file.seek(start + begin)
+            while left and (chunk := file.read(min(left, _CHUNK))):
+                found.update(chunk)
+                left -= len(chunk)
+        return found.hexdigest()
+
+    names = [name for name in header if name != "__metadata__"]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:  # hashing lets other threads run
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return (-1, -1)
+    return found.st_size, found.st_mtime_ns
 
 
 def _shards(directory: Path) -> list[Path]:

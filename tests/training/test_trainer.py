@@ -275,6 +275,22 @@ def test_two_processes_take_the_same_steps(launcher: list[str], arguments: list[
         torch.testing.assert_close(factors(together)[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+DIFFERENT_SEEDS = """
+import os, sys
+from loraone_init.cli.train import main
+main([*sys.argv[1:], "--seed", os.environ["RANK"]])
+"""
+
+
+def test_two_processes_that_were_given_different_options(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(DIFFERENT_SEEDS)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "script.py")]
+    command = [sys.executable, *launcher, *arguments, "-o", str(tmp_path / "trained")]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=200)
+    assert done.returncode == 1
+    assert "processes 0 and 1 were given different things: seed is 0 and 1" in done.stderr
+
+
 def test_bf16_and_checkpointing_on_the_cpu(arguments: list[str], tmp_path: Path) -> None:
     done = run(*arguments, "-o", tmp_path / "t", "--precision", "bf16", "--gradient-checkpointing")
     assert done.exit_code == 0, done.output
