@@ -17,6 +17,8 @@ from .rows import Row, Rows
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 10
+
 HELD_OUT = 16
 """Rows that a search for γ holds out, unless told otherwise."""
 
@@ -51,11 +53,13 @@ def draw_rows(rows: Rows, encoder: RowEncoder, samples: int, held_out: int, seed
     """So many rows for the sample and to hold out, or what there are. No other row is tokenised."""
     draw = Draw()
     contents: set[bytes] = set()
+    numbers: list[int] = []
     for place, index in _order(len(rows), seed, as_they_are=len(rows) <= samples and not held_out):
         row = encoder.encode(rows[index], index + 1)
         draw._places[id(row)] = place
         if not row.num_targets:
             draw.dropped.append(place)
+            numbers.append(index + 1)
         elif len(draw.used) < samples:
             draw.used.append(row)
             contents.add(row.to_bytes())
@@ -63,7 +67,20 @@ def draw_rows(rows: Rows, encoder: RowEncoder, samples: int, held_out: int, seed
             draw.beyond.append(row)
         if len(draw.used) == samples and len(draw.beyond) == held_out:
             break
+    if numbers:
+        logger.info("Dropped, since no token of them is trained on: %s", describe_numbers(numbers))
+    if copies := len(draw.used) - len(contents):
+        logger.info("Of the rows drawn, %d are copies of others", copies)
     return draw
+
+
+def describe_numbers(numbers: Sequence[int]) -> str:
+    """row 3; rows 3, 7 and 12; or the first ten and how many more there are."""
+    shown = [str(number) for number in sorted(numbers)[:_SHOWN]]
+    if len(numbers) == 1:
+        return f"row {shown[0]}"
+    last = shown.pop() if len(numbers) <= _SHOWN else f"{len(numbers) - _SHOWN:,} more"
+    return f"rows {', '.join(shown)} and {last}"
 
 
 def _order(available: int, seed: int, as_they_are: bool) -> Iterable[tuple[int, int]]:
