@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import printable
+from ..failures import fail, failure_text
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
@@ -28,12 +29,22 @@ CONTEXT = {
 
 
 class Command(click.Command):
-    """A command that prints "?" for what the terminal cannot show (α in Windows' cp1252), rather than fail."""
+    """A command that ends with one line at Ctrl-C, however early.
+
+    It prints "?" for what the terminal cannot show (α in Windows' cp1252), rather than fail.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so by itself
             sys.stdout.reconfigure(errors="replace")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """click would end Ctrl-C during the first imports with "Aborted!"."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            fail(failure_text(error), verbose=False)
 
 
 class OrAuto(_ParamType):
