@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def _check_layers(model: Any, lora: LoraWeights, base: BaseModel) -> None:
 
 def _compare_rotary_base(model: Any, base: BaseModel) -> None:
     """The adapter is right all the same, but the user would blame it."""
-    wanted = (getattr(base.config, "rope_parameters", None) or {}).get("rope_theta")
+    wanted = _rotary_base(getattr(base.config, "rope_parameters", None) or {})
     found = getattr(model.args, "rope_theta", wanted)
-    if found != wanted:
+    if wanted is not None and found != wanted:
         logger.warning(
             "mlx-lm takes the rotary base of %s for %g, it is %g: it looks for rope_theta in config.json, which"
             " transformers 5 writes into rope_parameters; add it there before you run the model with mlx-lm",
@@ -102,6 +103,13 @@ def _compare_rotary_base(model: Any, base: BaseModel) -> None:
             found,
             wanted,
         )
+
+
+def _rotary_base(parameters: Mapping[str, Any]) -> float | None:
+    """The one that mlx-lm looks for: where each kind of attention has its own (Gemma 3), that of full attention."""
+    inner = parameters.get("full_attention")
+    found = (inner if isinstance(inner, Mapping) else parameters).get("rope_theta")
+    return found if isinstance(found, int | float) else None
 
 
 def _keys(model: Any, adapted: set[str]) -> tuple[list[str], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,8 @@ def _run(options: InspectOptions) -> None:
     if options.html is not None:
         _write_page(options.html, shown, facts, anomalies, comparison, str(other))
     if options.as_json:
-        click.echo(json.dumps(_as_json(options.adapter, shown, facts, anomalies, comparison), indent=2))
+        found = _as_json(options.adapter, shown, facts, anomalies, comparison)
+        click.echo(json.dumps(_finite(found), indent=2, allow_nan=False))
         return
     print_adapter(shown, facts, anomalies, options.every_layer)
     if comparison is not None:
@@ -122,6 +124,15 @@ def _as_json(
         "growth": asdict(adapter.growth) if adapter.growth else None,
         "comparison": asdict(comparison) if comparison else None,
     }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity, such as a record of somebody else may hold: null in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import click
 
 from ..data.options import DataOptions
 from ..errors import printable
-from ..failures import with_flags
+from ..failures import fail, failure_text, with_flags
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[Any]
@@ -54,6 +54,8 @@ def under(heading: str) -> Callable[..., Callable[[_Function], _Function]]:
 class Command(click.Command):
     """A command whose help has its options under headings, in the order in which the headings first appear.
 
+    It ends with one line at Ctrl-C, however early.
+
     It prints "?" for what the terminal cannot show (α in Windows' cp1252), rather than fail.
     """
 
@@ -71,6 +73,13 @@ class Command(click.Command):
         for heading in sorted(sections, key=lambda heading: heading == OTHER):
             with formatter.section(heading):
                 formatter.write_dl(sections[heading])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """click would end Ctrl-C during the first imports with "Aborted!"."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            fail(failure_text(error), verbose=False)
 
 
 class OrAuto(_ParamType):

@@ -97,6 +97,8 @@ class RowEncoder:
         """Token ids, and for each 1 or 0: whether the assistant wrote it (all 1 unless assistant_only)."""
         from jinja2 import TemplateError
 
+        if not content and not isinstance(content, str):  # no messages: most chat templates fail
+            return [], []
         try:
             if isinstance(content, str):
                 encoded = self.tokenizer(text=content)

@@ -114,7 +114,10 @@ def rename_columns(row: Row, columns: Mapping[str, str], number: int) -> Row:
 
 
 def prompt_and_whole(row: Row, found: Format, number: int, eos: str | None) -> tuple[Content | None, Content]:
-    """The prompt, None where the format has none, and all of the row's content, the prompt included."""
+    """The prompt, None where the format has none, and all of the row's content, the prompt included.
+
+    Both may be empty, as a string or a list of messages: such a row has nothing to train on, and is dropped.
+    """
     if found == "text":
         return None, _with_eos(string_of(row, "text", number), eos)
     if found in ("messages", "conversations"):
@@ -155,7 +158,7 @@ def string_of(row: Row, column: str, number: int) -> str:
 
 def _messages(row: Row, column: str, number: int) -> list[Message]:
     value = value_of(row, column, number)
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list):
         raise wrong_type(row, column, number, "a list of messages")
     for message in value:
         if not isinstance(message, dict) or not ("role" in message or {"from", "value"} <= message.keys()):
@@ -190,8 +193,9 @@ def value_of(row: Row, column: str, number: int) -> Any:
 
 
 def wrong_type(row: Row, column: str, number: int, expected: str) -> DataError:
-    got = "an empty list" if row[column] == [] else json_type(row[column])
-    return DataError(f"row {number}: column {column!r} is {got}, expected {expected}; the row has {_names(row)}")
+    return DataError(
+        f"row {number}: column {column!r} is {json_type(row[column])}, expected {expected}; the row has {_names(row)}"
+    )
 
 
 def _names(row: object) -> str:

@@ -160,6 +160,8 @@ def _read_file(source: str, path: Path) -> Rows:
         raise DataError(f"{source!r} is a directory; give one file ({known}) or a hub data set id")
     if not os.path.exists(path):
         raise DataError(f"{source!r} does not exist; give a file ({known}) or a hub data set id such as org/name")
+    if not os.path.isfile(path):
+        raise DataError(f"{source!r} is a pipe or a device, which is not read to its end; save the rows as a file")
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f"{source!r} has the unknown suffix {path.suffix!r}; expected one of {known}")

@@ -18,6 +18,8 @@ from .rows import Row, Rows, quoted
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 10
+
 
 class RowEncoder(Protocol):
     """What turns each row of one source into tokens."""
@@ -49,11 +51,13 @@ def draw_rows(rows: Rows, encoder: RowEncoder, samples: int, held_out: int, seed
     """So many rows for the sample and to hold out, or what there are. No other row is tokenised."""
     draw = Draw()
     contents: set[bytes] = set()
+    numbers: list[int] = []
     for place, index in _order(len(rows), seed, as_they_are=len(rows) <= samples and not held_out):
         row = encoder.encode(rows[index], index + 1)
         draw._places[id(row)] = place
         if not row.num_targets:
             draw.dropped.append(place)
+            numbers.append(index + 1)
         elif len(draw.used) < samples:
             draw.used.append(row)
             contents.add(_content(row))
@@ -61,12 +65,25 @@ def draw_rows(rows: Rows, encoder: RowEncoder, samples: int, held_out: int, seed
             draw.beyond.append(row)
         if len(draw.used) == samples and len(draw.beyond) == held_out:
             break
+    if numbers:
+        logger.info("Dropped, since no token of them is trained on: %s", describe_numbers(numbers))
+    if copies := len(draw.used) - len(contents):
+        logger.info("Of the rows drawn, %d are copies of others", copies)
     return draw
 
 
 def _content(row: TokenRow) -> bytes:
     """What tells a row's content from another's in 32 bytes, however long the row is."""
     return sha256(row.to_bytes()).digest()
+
+
+def describe_numbers(numbers: Sequence[int]) -> str:
+    """row 3; rows 3, 7 and 12; or the first ten and how many more there are."""
+    shown = [str(number) for number in sorted(numbers)[:_SHOWN]]
+    if len(numbers) == 1:
+        return f"row {shown[0]}"
+    last = shown.pop() if len(numbers) <= _SHOWN else f"{len(numbers) - _SHOWN:,} more"
+    return f"rows {', '.join(shown)} and {last}"
 
 
 def _order(available: int, seed: int, as_they_are: bool) -> Iterable[tuple[int, int]]:

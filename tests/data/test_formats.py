@@ -431,7 +431,6 @@ def test_no_known_format(row: dict[str, Any]) -> None:
         ([{"question": "a", "answer": "b"}, {"question": "a"}], "row 2 has no column 'answer'; it has question"),
         ([{"instruction": "a", "output": "b", "input": 3}], "column 'input' is number"),
         ([{"messages": "hello"}], "column 'messages' is string, expected a list of messages"),
-        ([{"messages": []}], "column 'messages' is an empty list, expected a list of messages"),
         ([{"messages": ["hello"]}], "a message that is string; expected role and content"),
         ([{"messages": [{"content": "a"}]}], "a message that is content; expected role and content"),
         ([CHAT_PAIRS[0], PAIRS[0]], "row 2: column 'prompt' is string, expected a list of messages"),

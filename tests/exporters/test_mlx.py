@@ -34,6 +34,15 @@ def test_logits_are_pefts(name: str, tmp_path: Path) -> None:
     assert relative_error(mlx_logits(base), expected) > 0.01
 
 
+def test_rotary_bases_by_kind_of_attention(tmp_path: Path) -> None:
+    """Gemma 3 has two, each in a mapping of its own; mlx-lm cannot run one of fewer than six layers."""
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "mlx"
+    save_peft(adapter, save_base(base, "gemma3"), use_rslora=True)
+    result = export("mlx", base, adapter, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert len(load_file(out / "adapters.safetensors")) == 2 * 3 * 7
+
+
 def test_our_file(tiny_model: Path, initialised: Path, tmp_path: Path) -> None:
     """Tensors are the factors transposed, bit for bit; the configuration is the one that mlx-lm itself writes."""
     out = tmp_path / "mlx"
