@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, describe
+from ..json_files import JsonError, json_type, parse_json
 
 Row = dict[str, Any]
 
@@ -73,20 +73,6 @@ def read_rows(source: str, *, split: str | None = None, revision: str | None = N
     return rows
 
 
-def json_type(value: object) -> str:
-    """What messages call a value: object, list, string, null, or the name of its Python type."""
-    names: dict[type, str] = {
-        dict: "object",
-        list: "list",
-        str: "string",
-        int: "number",
-        float: "number",
-        bool: "boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
 def _looks_like_path(source: str) -> bool:
     return Path(source).suffix.lower() in SUFFIXES or _HUB_ID.fullmatch(source) is None
 
@@ -130,22 +116,21 @@ def _parse_jsonl(text: str, source: str) -> list[Any]:
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line.rstrip("\n")))
-            except json.JSONDecodeError as error:
+                rows.append(parse_json(line.rstrip("\n"), finite=False))
+            except JsonError as error:
+                column = "" if error.column is None else f", column {error.column}"
                 raise DataError(
-                    f"{source!r}: line {number} is not JSON: {error.msg}, column {error.colno}; expected one object"
+                    f"{source!r}: line {number} is not JSON: {error.reason}{column}; expected one object"
                 ) from error
     return rows
 
 
 def _parse_json(text: str, source: str) -> list[Any]:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; JSON with one object a line is named .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{source!r} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}{hint}"
-        ) from error
+        content = parse_json(text, finite=False)
+    except JsonError as error:
+        hint = "; JSON with one object a line is named .jsonl" if error.reason == "Extra data" else ""
+        raise DataError(f"{source!r} is not JSON: {error}{hint}") from error
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(lists) != 1:

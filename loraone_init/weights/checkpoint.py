@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
+from ..json_files import JsonError, expect, read_json
 from ..safetensors_files import DTYPES, read_header
 
 FINGERPRINT_BYTES = 4096
@@ -89,9 +90,11 @@ def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, LookupError, AttributeError, TypeError, OSError) as error:
-            raise ModelError(f"{index} is no safetensors index, with a weight_map from tensors to files") from error
+            files = sorted({str(name) for name in expect(read_json(index).get("weight_map")).values()})
+        except JsonError as error:
+            raise ModelError(
+                f"{index} is no safetensors index, with a weight_map from tensors to files: {error}"
+            ) from error
         missing = [name for name in files if not (directory / name).is_file()]
         if missing:
             raise ModelError(

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from loraone_init.data.rows import Rows, json_type, read_rows
+from loraone_init.data.rows import Rows, read_rows
 from loraone_init.errors import ConfigError, DataError
+from loraone_init.json_files import json_type
 
 ROWS = [{"prompt": "Größe?", "completion": "3, 4\nund 5"}, {"prompt": "“a”", "completion": ""}]
 
