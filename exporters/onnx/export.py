@@ -20,6 +20,8 @@ import torch
 
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ConfigError, ExportError
+from loraone_init.json_files import shown
+from loraone_init.ranges import check_range
 from loraone_init.weights.checkpoint import INDEX
 
 from ..base_model import AUTO_CLASSES, BaseModel
@@ -63,7 +65,9 @@ class OnnxOptions:
         if self.dtype == "bf16":  # type: ignore[comparison-overlap]  # offered on the command line, to say why not
             raise ConfigError("ONNX Runtime's CPU provider has no kernels for bf16; take fp32, fp16, int8 or int4")
         if not 18 <= self.opset <= 23:
-            raise ConfigError(f"opset {self.opset} is not one that torch exports to; take 18 to 23")
+            raise ConfigError(f"opset {shown(self.opset)} is not one that torch exports to; take 18 to 23")
+        if self.atol is not None:
+            check_range("atol", self.atol)
         if self.engine == "torch" and importlib.util.find_spec("onnxscript") is None:
             raise ExportError('this needs onnxscript, which is not installed: pip install "loraone-init[onnx]"')
 

@@ -85,7 +85,7 @@ def _run(
     from ..adapter.files import check_output, is_single_file
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
-    from ..models.tokenizer import load_tokenizer
+    from ..models.tokenizer import require_tokenizer
 
     is_main = os.environ.get("RANK", "0") == "0"
     if is_single_file(output):
@@ -110,7 +110,7 @@ def _run(
         token=options["token"],
         trust_remote_code=options["trust_remote_code"],
     )
-    tokenizer = load_tokenizer(source, options["trust_remote_code"])
+    tokenizer = require_tokenizer(source, options["trust_remote_code"])
     rows = _load(data, tokenizer, options, options["split"])
     evaluation = None
     if options["eval_data"] or options["eval_split"]:

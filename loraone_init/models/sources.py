@@ -80,7 +80,10 @@ def _local_directory(model: str) -> Path | None:
 
 def cache_directory() -> Path:
     """Where converted GGUF models are kept: $XDG_CACHE_HOME/loraone-init, by default ~/.cache/loraone-init."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraone-init"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraone-init"
+    except RuntimeError as error:  # neither HOME nor an entry for this user in the system's list
+        raise ModelError("there is no home directory to keep a converted model in; set XDG_CACHE_HOME") from error
 
 
 def convert_gguf(file: Path) -> Path:

@@ -18,14 +18,17 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..data.batches import collate
 from ..data.sample import Sample
+from ..environment import environment_number
 from ..errors import ConfigError, ModelError, describe
 from ..layers.expert_layout import split_experts
 from ..linalg.factors import LoraPair
+from ..models.foreign import check_config, told_as_model_error
 from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
+from ..ranges import check_range
 from ..weights.checkpoint import Checkpoint
 from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints
-from .checkpoints import last_whole, step_of
+from .checkpoints import check_state, last_whole, step_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,6 +42,10 @@ Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+_NUMBERS = (
+    *("epochs", "learning_rate", "warmup", "batch_size", "accumulation", "weight_decay", "max_grad_norm"),
+    *("logging_steps", "save_steps"),
+)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,9 +82,12 @@ class TrainOptions:
         for name, allowed in (("optimizer", OptimizerName), ("schedule", Schedule), ("precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+        for name in _NUMBERS:
+            check_range(name, getattr(self, name))
+        for name in ("max_steps", "damping"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name))
+        check_range("training_seed", self.seed, "seed")
 
 
 @dataclass(frozen=True)
@@ -111,12 +121,15 @@ def train(
     NumericalError where the loss is not finite.
     """
     _refuse_sharding(options)
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # before accelerate reads them
+        environment_number(variable, 0)
     model = _peft_model(source, adapter, options, trust_remote_code)
     record = _record(adapter, data, options)
     stop = FinishOnSignal()
     trainer = _trainer(model, adapter, data, evaluation, output, options, [stop, LogLines(), SealCheckpoints(record)])
     start = last_whole(output, record) if resume else None
     if start is not None:
+        check_state(start)
         logger.info("Going on after step %d", step_of(start))
     elif resume:
         logger.info("No checkpoint in %s: starting", output)
@@ -132,18 +145,20 @@ def train(
 
 def _peft_model(source: LocalModel, adapter: Adapter, options: TrainOptions, trust_remote_code: bool) -> PeftModel:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    checkpoint = Checkpoint(source.directory)
+    with told_as_model_error(f"{source.name} cannot be loaded"):
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        check_config(source.name, config, len(checkpoint.names))
         base = AutoModelForCausalLM.from_pretrained(
             source.directory,
+            config=config,
             dtype=_DTYPES[options.precision],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError, LookupError) as error:
-        raise ModelError(f"{source.name} cannot be loaded: {describe(error)[:250]}") from error
-    if adapter.base.get("fingerprint") not in (None, Checkpoint(source.directory).fingerprint()):
+    if adapter.base.get("fingerprint") not in (None, checkpoint.fingerprint()):
         logger.warning(
             "The adapter was made for another model, %s; it is trained on %s", adapter.base["name"], source.name
         )
@@ -244,7 +259,7 @@ def _record(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, 
     irrelevant = ("logging_steps", "save_steps", "report_to", "device", "damping")
     record = {name: value for name, value in asdict(options).items() if name not in irrelevant}
     preconditioner = asdict(chosen) if options.optimizer == "preconditioned" else None
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = environment_number("WORLD_SIZE", 1, 1)
     return {**record, "preconditioner": preconditioner, "processes": processes, "data": data.sha256}
 
 
