@@ -10,7 +10,7 @@ import torch
 
 from loraone_init.errors import ExportError
 from loraone_init.layers.targets import layer_shape
-from loraone_init.models.foreign import check_config, told_as_model_error
+from loraone_init.models.foreign import load_config, told_as_model_error
 from loraone_init.models.sources import LocalModel, resolve_model
 from loraone_init.weights.checkpoint import Checkpoint
 from loraone_init.weights.recipes import plain_names
@@ -89,10 +89,9 @@ def _skeleton(source: LocalModel, auto_class: str, trust_remote_code: bool, num_
     import transformers
 
     with told_as_model_error(f"{source.name} cannot be opened by {auto_class}"):
-        config = transformers.AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+        config = load_config(source.directory, source.name, num_tensors, trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise ExportError(f"{source.name} is quantized; export with the model it was made from")
-        check_config(source.name, config, num_tensors)
         with torch.device("meta"):
             module: PreTrainedModel = getattr(transformers, auto_class).from_config(
                 config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code

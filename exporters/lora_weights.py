@@ -127,6 +127,8 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
         raise AdapterError(f"its configuration cannot be read: {error}") from error
     if config["peft_type"] != "LORA":
         raise AdapterError(f"it is no LoRA adapter but {shown(config['peft_type'])}")
+    if missing := [key for key in ("r", "lora_alpha") if key not in config]:
+        raise AdapterError(f"its configuration lacks {missing[0]}, so its scale is not known")
     for key, what in _UNSUPPORTED.items():
         if config.get(key):
             raise AdapterError(f"it uses {what} ({key}), which cannot be exported; merge it with PEFT")

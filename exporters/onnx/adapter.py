@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ConfigError, ExportError
+from loraone_init.json_files import read_json
 
 from ..base_model import BaseModel
 from ..lora_weights import LoraWeights
@@ -83,9 +85,9 @@ def export_adapter_file(base: BaseModel, lora: LoraWeights, output: Path, folder
     """
     _check(base, lora)
     try:
-        fingerprint = json.loads((folder / PARITY).read_text(encoding="utf-8"))["base_fingerprint"]
+        fingerprint = read_json(folder / PARITY)["base_fingerprint"]
         graph = onnx.load(folder / GRAPH, load_external_data=False).graph
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, DecodeError) as error:
         raise ExportError(f"{folder} is no folder with a base graph that loraone-export onnx-adapter wrote") from error
     if fingerprint != base.checkpoint.fingerprint():
         raise ExportError(f"the base graph in {folder} was made from other weights than those of {base.source.name}")

@@ -192,7 +192,15 @@ def _read_parquet(source: str, path: Path) -> Rows:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {source!r}: {describe(error)}") from error
-    return Rows(source, table.num_rows, lambda index: table.slice(index, 1).to_pylist()[0])
+
+    def read(index: int) -> Row:
+        try:
+            row: Row = table.slice(index, 1).to_pylist()[0]
+        except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is not UTF-8, years past 9999
+            raise DataError(f"{source!r}: row {index + 1} cannot be read: {describe(error)}") from error
+        return row
+
+    return Rows(source, table.num_rows, read)
 
 
 def _read_hub(source: str, split: str, revision: str | None, token: str | None) -> Rows:

@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import TypeVar
 
+from ..errors import AdapterError
+from ..json_files import shown
+
 T = TypeVar("T")
 
 
@@ -24,8 +27,17 @@ def patterns(values: Mapping[str, T], common: T) -> dict[str, T]:
 
 
 def find_value(patterns: Mapping[str, T] | None, name: str, common: T) -> T:
-    """The value of the first key that matches as PEFT matches, else the `common` one."""
+    """The value of the first key that matches as PEFT matches, else the `common` one.
+
+    Raises AdapterError for a key that is no regular expression.
+    """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise AdapterError(
+                f"its configuration's pattern {shown(pattern)} is no regular expression: {error}"
+            ) from error
+        if matches:
             return value
     return common

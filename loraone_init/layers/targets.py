@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import ALL_LINEAR
 from ..errors import ConfigError, ModelError
+from ..json_files import shown
 from .expert_layout import expert_name
 from .experts import expert_layers, fused_parameters, is_fused_experts, is_other_experts
 
@@ -118,8 +119,8 @@ def _matches(name: str, wanted: str | tuple[str, ...]) -> bool:
         return False
     try:
         return re.fullmatch(wanted, name) is not None
-    except re.error as error:
-        raise ConfigError(f"{wanted!r} is not a regular expression: {error}") from error
+    except (re.error, RecursionError, OverflowError) as error:  # nested too deep, or repeated too often
+        raise ConfigError(f"{shown(wanted)} is not a regular expression: {error}") from error
 
 
 def _whole_name_hint(linear: dict[str, nn.Module], wanted: str | tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from ..tasks import NAMES, Task, auto_class, check_architecture
 from ..weights.base import get_tensor, set_tensor
 from ..weights.checkpoint import Checkpoint
 from .dtypes import DType, declared_dtypes, select_dtype
-from .foreign import check_config, told_as_model_error
+from .foreign import load_config, told_as_model_error
 from .heads import Head, find_head, fit_labels
 from .placement import Placement
 from .quantized import check_dtype, quantization_method
@@ -42,12 +42,9 @@ def skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: Wanted) -> tupl
 
     Every parameter and buffer is on the meta device, in the dtype it will have.
     """
-    from transformers import AutoConfig
-
     with told_as_model_error(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}"):
-        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=wanted.trust_remote_code)
+        config = load_config(source.directory, source.name, len(checkpoint.names), wanted.trust_remote_code)
         check_architecture(source.name, config, wanted.task)
-        check_config(source.name, config, len(checkpoint.names))
         model = _from_config(config, wanted)
         head = find_head(model, checkpoint.names)
         if wanted.task == "sequence-classification" and fit_labels(model, wanted.labels, head):

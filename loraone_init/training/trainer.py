@@ -22,7 +22,7 @@ from ..environment import environment_number
 from ..errors import ConfigError, ModelError, describe
 from ..layers.expert_layout import split_experts
 from ..linalg.factors import LoraPair
-from ..models.foreign import check_config, told_as_model_error
+from ..models.foreign import load_config, told_as_model_error
 from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
 from ..ranges import check_range
@@ -145,12 +145,11 @@ def train(
 
 def _peft_model(source: LocalModel, adapter: Adapter, options: TrainOptions, trust_remote_code: bool) -> PeftModel:
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint(source.directory)
     with told_as_model_error(f"{source.name} cannot be loaded"):
-        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
-        check_config(source.name, config, len(checkpoint.names))
+        config = load_config(source.directory, source.name, len(checkpoint.names), trust_remote_code)
         base = AutoModelForCausalLM.from_pretrained(
             source.directory,
             config=config,
