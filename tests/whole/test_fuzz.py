@@ -12,11 +12,12 @@ import click
 import pytest
 from click.testing import CliRunner
 from support.mutants import KINDS, World, complaint, make_mutant, make_world
+
 from loraone_init.errors import DataError
 from loraone_init.failures import one_line_errors
 
-MUTANTS = 30
-TRAININGS = 10
+MUTANTS = 24
+TRAININGS = 8
 """Of a kind where most mutants get as far as a step."""
 
 
