@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from .errors import ConfigError
 from .json_files import shown
 from .ranges import check_range
+from .ranges import is_whole as is_whole
 
 Counted = Literal["average", "total"]
 
