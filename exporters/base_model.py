@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from loraone_init.errors import ExportError, ModelError, describe
+from loraone_init.errors import ExportError, ModelError
 from loraone_init.layers.targets import layer_shape
+from loraone_init.models.foreign import load_config, told_as_model_error
 from loraone_init.models.loading import missing_tensors
 from loraone_init.models.sources import LocalModel, resolve_model
 from loraone_init.weights.checkpoint import Checkpoint, same_weights
@@ -80,7 +81,7 @@ def open_base(
     task_type = task_type or lora.task_type or "CAUSAL_LM"
     if (auto_class := AUTO_CLASSES.get(task_type)) is None:
         raise ExportError(f"{lora.path}: task type {task_type} is not known; known are {', '.join(AUTO_CLASSES)}")
-    module = _skeleton(source, lora, auto_class, trust_remote_code)
+    module = _skeleton(source, lora, auto_class, trust_remote_code, len(checkpoint.names))
     base = BaseModel(source, checkpoint, module, auto_class, trust_remote_code)
     _check_layers(base, separate_experts(module, lora))
     _check_replacements(base, lora)
@@ -90,11 +91,13 @@ def open_base(
     return base
 
 
-def _skeleton(source: LocalModel, lora: LoraWeights, auto_class: str, trust_remote_code: bool) -> PreTrainedModel:
+def _skeleton(
+    source: LocalModel, lora: LoraWeights, auto_class: str, trust_remote_code: bool, num_tensors: int
+) -> PreTrainedModel:
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+    with told_as_model_error(f"{source.name} cannot be opened by {auto_class}"):
+        config = load_config(source.directory, source.name, num_tensors, trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             raise ExportError(f"{source.name} is quantized; export with the model it was made from")
         if lora.replacements and lora.labels:  # the head that the adapter holds may have other outputs
@@ -103,9 +106,6 @@ def _skeleton(source: LocalModel, lora: LoraWeights, auto_class: str, trust_remo
             module: PreTrainedModel = getattr(transformers, auto_class).from_config(
                 config, dtype=config.dtype or torch.float32, trust_remote_code=trust_remote_code
             )
-    except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError) as error:
-        reason = describe(error).partition(" Model type should be one of ")[0][:250]
-        raise ModelError(f"{source.name} cannot be opened by {auto_class}: {reason}") from error
     return module.eval()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 
 from loraone_init.adapter.adapter import FORMAT_VERSION
-from loraone_init.adapter.files import CONFIG, FACTORS, PREFIX, WEIGHTS, read_tensors, split_name
+from loraone_init.adapter.files import CONFIG, FACTORS, PREFIX, WEIGHTS, read_tensors, split_name, weights_file
+from loraone_init.adapter.schema import read_peft_config, read_record, record_as_json
 from loraone_init.errors import AdapterError, ConfigError
+from loraone_init.json_files import shown
 from loraone_init.layers.patterns import find_value
 from loraone_init.linalg.factors import LoraPair
 
@@ -96,10 +97,11 @@ class LoraWeights:
 
 def read_lora(path: Path) -> LoraWeights:
     """Raises AdapterError for what is no LoRA adapter, or has parts that no plain LoRA has."""
-    file = _weights_file(path)
-    if not file.is_file():
+    try:
+        file = weights_file(path)
+    except AdapterError as error:
         expected = f"a .safetensors file of loraone-init, or a directory with {WEIGHTS} and {CONFIG}"
-        raise AdapterError(f"there is no adapter {file}; give {expected}")
+        raise AdapterError(f"{error}; give {expected}") from error
     metadata, tensors = read_tensors(file)
     try:
         config, record = _read_config(path, metadata)
@@ -120,18 +122,19 @@ def _read_config(path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, Any
     """PEFT's configuration and, where there is one, our record."""
     try:
         if (path / CONFIG).is_file():
-            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+            config = read_peft_config((path / CONFIG).read_bytes(), "peft_type", where=CONFIG)
         elif "peft_config" in metadata:
-            config = json.loads(metadata["peft_config"])
+            config = read_peft_config(metadata["peft_config"], "peft_type")
         else:
             where = f"{CONFIG} beside it" if path.is_dir() else "PEFT configuration in its header"
             raise AdapterError(f"it has no {where}, so its scale is not known; pass the whole PEFT directory")
         record = _read_record(metadata)
-    except (ValueError, OSError) as error:
+    except OSError as error:
         raise AdapterError(f"its configuration cannot be read: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"it is no LoRA adapter but {kind}")
+    if config["peft_type"] != "LORA":
+        raise AdapterError(f"it is no LoRA adapter but {shown(config['peft_type'])}")
+    if missing := [key for key in ("r", "lora_alpha") if key not in config]:
+        raise AdapterError(f"its configuration lacks {missing[0]}, so its scale is not known")
     check_fields(config)
     return config, record
 
@@ -140,9 +143,8 @@ def _read_record(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     if "loraone" not in metadata:
         return None
     if (version := metadata.get("format_version")) != FORMAT_VERSION:
-        raise AdapterError(f"it has format version {version}, this release reads {FORMAT_VERSION}")
-    record: dict[str, Any] = json.loads(metadata["loraone"])
-    return record
+        raise AdapterError(f"it has format version {str(version)[:20]}, this release reads {FORMAT_VERSION}")
+    return record_as_json(read_record(metadata["loraone"]))
 
 
 def _check_ranks(pairs: Mapping[str, LoraPair], config: Mapping[str, Any]) -> None:

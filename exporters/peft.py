@@ -12,6 +12,7 @@ from typing import Any
 
 from loraone_init.adapter.files import CARD, CONFIG, WEIGHTS, is_single_file
 from loraone_init.adapter.model_card import model_card
+from loraone_init.adapter.schema import read_peft_config
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ExportError
 from loraone_init.layers.patterns import patterns
@@ -71,7 +72,7 @@ def _check_record(lora: LoraWeights) -> None:
             f"{lora.path} was not written by loraone-init: it has no record of an initialisation, which the single file"
             " must hold; name a directory as output"
         )
-    recorded = json.loads(read_header(lora.file)[1]["__metadata__"]["peft_config"])
+    recorded = read_peft_config(read_header(lora.file)[1]["__metadata__"].get("peft_config", "{}"), "lora_alpha")
     for module, pair in lora.pairs.items():
         scale = scale_of(name_in_peft(module, recorded), len(pair.A), recorded)
         if not math.isclose(lora.scales[module], scale):

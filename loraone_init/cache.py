@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from .atomic import atomic_file
-from .errors import OutputError
+from .errors import ModelError, OutputError
 
 T = TypeVar("T")
 
@@ -21,7 +21,10 @@ _SETTLED = 2.0  # seconds; a file written since might be written again within th
 
 def cache_directory() -> Path:
     """Where converted GGUF models are kept: $XDG_CACHE_HOME/loraone-init, by default ~/.cache/loraone-init."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraone-init"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraone-init"
+    except RuntimeError as error:  # neither HOME nor an entry for this user in the system's list
+        raise ModelError("there is no home directory to keep a converted model in; set XDG_CACHE_HOME") from error
 
 
 def remembered(file: Path, what: str, compute: Callable[[], T]) -> T:
@@ -34,7 +37,7 @@ def remembered(file: Path, what: str, compute: Callable[[], T]) -> T:
     key = hashlib.sha256(f"{what} {file.resolve()}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
     try:
         place = cache_directory() / "known" / f"{key}.json"
-    except RuntimeError:  # there is no home directory
+    except ModelError:  # there is no home directory
         return compute()
     with suppress(OSError, ValueError, LookupError, TypeError):
         known = json.loads(place.read_text(encoding="utf-8"))

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .errors import ConfigError
+from .json_files import shown
+from .ranges import check_range
+from .ranges import is_whole as is_whole
 
 Counted = Literal["average", "total"]
 
@@ -57,17 +60,10 @@ class InitConfig:
     rank_budget: RankBudget | None = None
 
     def __post_init__(self) -> None:
-        if not is_whole(self.rank) or self.rank < 1:
-            raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
-        for name in ("alpha", "gamma"):
-            value = getattr(self, name)
-            if name == "gamma" and value == AUTO:
-                continue
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a positive number, got {value!r}")
-            object.__setattr__(self, name, float(value))  # 32 and 32.0 are recorded alike
+        for name in ("rank", "seed", "alpha", *(() if self.gamma == AUTO else ("gamma",))):
+            check_range(name, getattr(self, name))
+        for name in ("alpha", *(() if self.gamma == AUTO else ("gamma",))):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 32 and 32.0 are recorded alike
         if self.rank_budget is not None and not isinstance(self.rank_budget, RankBudget):
             raise ConfigError(f"rank_budget must be a RankBudget, got {self.rank_budget!r}")
         for name in ("target_modules", "exclude_modules"):
@@ -81,11 +77,6 @@ class InitConfig:
     def scale(self) -> float:
         """s, the factor of B·A: α/√r (rsLoRA) or α/r."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
-
-
-def is_whole(value: object) -> bool:
-    """Whether `value` is an integer; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _names(option: str, value: object) -> str | tuple[str, ...]:
@@ -108,8 +99,7 @@ class RankBudget:
     counted: Counted = "average"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.ranks, int) or isinstance(self.ranks, bool) or self.ranks < 1:
-            raise ConfigError(f"a rank budget is a whole number of at least 1, got {self.ranks!r}")
+        check_range("ranks", self.ranks, "a rank budget")
         if self.counted not in get_args(Counted):
             raise ConfigError(f"a rank budget is counted as {' or '.join(get_args(Counted))}, got {self.counted!r}")
 
@@ -145,6 +135,6 @@ def parse_rank_budget(text: str) -> RankBudget:
     """ "8" is the average, "total:1680" the sum. Raises ConfigError."""
     counted: Counted = "total" if text.startswith("total:") else "average"
     number = text.removeprefix("total:")
-    if not (number.isascii() and number.isdecimal()):
-        raise ConfigError(f"`rank_budget` is an average rank such as 8, or a sum such as total:1680; got {text!r}")
+    if not (number.isascii() and number.isdecimal() and len(number) < 100):
+        raise ConfigError(f"`rank_budget` is an average rank such as 8, or a sum such as total:1680; got {shown(text)}")
     return RankBudget(int(number), counted)

@@ -19,6 +19,7 @@ from typing import NoReturn
 import click
 
 from .errors import LoraOneError, is_out_of_memory, printable
+from .json_files import shown
 
 _OPTION = re.compile(r"`(\w+)(?:=([^`]+))?`")
 
@@ -74,8 +75,24 @@ def failure_text(error: BaseException) -> str:
         return "interrupted; nothing was written"
     if is_out_of_memory(error):
         return "out of memory; lower --batch-tokens, --max-length or --samples, or close other programs"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:  # what the system refuses
+        return f"{shown(str(error.filename))} cannot be used: {error.strerror}"
     message = " ".join(str(error).split())[:300]
+    if (module := _being_imported(error)) is not None:
+        return (
+            f"{module} cannot be imported: {type(error).__name__}: {message}; is an environment variable that it reads"
+            " set to something odd, or its installation broken? (--verbose shows where)"
+        )
     return f"{type(error).__name__}: {message} (unforeseen; --verbose shows where: please report it)"
+
+
+def _being_imported(error: BaseException) -> str | None:
+    """The package of others whose import failed with this error: libraries read environment variables as they start."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name == "<module>" and package not in ("loraone_init", "exporters", "__main__"):
+            return package
+    return None
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,9 @@ from typing import Any
 
 import torch
 
+from .environment import environment_number
 from .errors import ConfigError
+from .json_files import shown
 
 Peaks = tuple[int | None, int | None]
 """Peak bytes of a process: resident, and on its CUDA device. None where that is unknown, or there is none."""
@@ -37,8 +38,8 @@ def parse_size(text: str) -> int:
     """Bytes of "8GiB", "8GB", "512M" or "1000000". Raises ConfigError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
     if match is None or float(match[1]) == 0:
-        raise ConfigError(f"{text!r} is no amount of memory; give one such as 8GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+        raise ConfigError(f"{shown(text)} is no amount of memory; give one such as 8GiB or 500MB")
+    return int(min(float(match[1]) * _UNITS[match[2] or ""], 2**62))
 
 
 def describe_size(size: int) -> str:
@@ -72,7 +73,7 @@ def free_memory(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     rooms = [_available(), *_group_rooms()]
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's, on this machine: each gets its share
+    processes = environment_number("LOCAL_WORLD_SIZE", 1, 1)  # torchrun's, on this machine: each gets its share
     return min((room // processes for room in rooms if room is not None), default=None)
 
 

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loraone_init.adapter.files import FACTORS
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ConfigError, ExportError
+from loraone_init.json_files import read_json
 from loraone_init.weights.checkpoint import same_weights
 
 from ..base_model import BaseModel
@@ -89,9 +91,9 @@ def export_adapter_file(base: BaseModel, lora: LoraWeights, output: Path, folder
     """
     _check(base, lora)
     try:
-        fingerprint = json.loads((folder / PARITY).read_text(encoding="utf-8"))["base_fingerprint"]
+        fingerprint = read_json(folder / PARITY)["base_fingerprint"]
         graph = onnx.load(folder / GRAPH, load_external_data=False).graph
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, DecodeError) as error:
         raise ExportError(f"{folder} is no folder with a base graph that loraone-export onnx-adapter wrote") from error
     same = same_weights(fingerprint, base.checkpoint.fingerprint())
     if same is None:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from loraone_init.errors import ConfigError
 from loraone_init.extras import require
+from loraone_init.json_files import shown
+from loraone_init.ranges import check_range
 
 Engine = Literal["torch", "genai"]
 DType = Literal["fp32", "fp16", "int8", "int4"]
@@ -33,7 +35,9 @@ class OnnxOptions:
         if self.dtype == "bf16":  # type: ignore[comparison-overlap]  # offered on the command line, to say why not
             raise ConfigError("ONNX Runtime's CPU provider has no kernels for bf16; take fp32, fp16, int8 or int4")
         if not 18 <= self.opset <= 23:
-            raise ConfigError(f"opset {self.opset} is not one that torch exports to; take 18 to 23")
+            raise ConfigError(f"opset {shown(self.opset)} is not one that torch exports to; take 18 to 23")
+        if self.atol is not None:
+            check_range("atol", self.atol)
         require_packages(self.engine)
 
 

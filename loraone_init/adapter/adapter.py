@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..atomic import atomic_directory, atomic_file
-from ..config import AUTO, InitConfig, RankBudget
-from ..errors import AdapterError, ConfigError
+from ..config import AUTO, InitConfig
+from ..errors import AdapterError, ConfigError, describe
 from ..layers.expert_layout import ExpertStack, split_experts, stack_experts
 from ..linalg.factors import LoraPair
 from ..version import __version__
@@ -25,12 +25,14 @@ from .files import (
     pair_up,
     read_tensors,
     take_saved,
+    weights_file,
     write_weights,
 )
 from .model_card import model_card
 from .overview import Lines, as_html, as_text, one_line, overview
 from .peft_config import peft_config
 from .records import DEFAULT_PRECONDITIONER, GrowthReport, LayerReport, LossReport, Preconditioner
+from .schema import check_factors, read_peft_config, read_record
 
 FORMAT_VERSION = "1"
 
@@ -123,10 +125,7 @@ class Adapter:
     @classmethod
     def load(cls, path: str | Path) -> Adapter:
         """Read what `save` wrote, either form. Raises AdapterError where it is something else."""
-        path = Path(path)
-        file = path / WEIGHTS if path.is_dir() else path
-        if not file.is_file():
-            raise AdapterError(f"there is no adapter {file}")
+        file = weights_file(Path(path))
         metadata, tensors = read_tensors(file)
         try:
             saved = take_saved(tensors, modules_to_save(metadata))
@@ -179,10 +178,7 @@ class Adapter:
 
 def modules_to_save(metadata: Mapping[str, str]) -> list[str]:
     """The modules that a file with this header metadata holds whole."""
-    try:
-        return list(json.loads(metadata.get("peft_config", "{}")).get("modules_to_save", ()))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
+    return list(read_peft_config(metadata.get("peft_config", "{}")).get("modules_to_save") or ())
 
 
 def parse_metadata(
@@ -190,47 +186,41 @@ def parse_metadata(
     metadata: Mapping[str, str],
     saved: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> Adapter:
-    """The adapter from what `Adapter.tensors` gave, the modules it holds whole, and `Adapter.metadata`."""
+    """The adapter from what `Adapter.tensors` gave, the modules it holds whole, and `Adapter.metadata`.
+
+    Raises AdapterError, naming the field or layer, where the metadata are not as docs/format.md says, or do not fit the
+    factors.
+    """
     version = metadata.get("format_version")
     if version is None or "loraone" not in metadata:
         raise AdapterError("it has no loraone metadata: not written by loraone-init")
     if version != FORMAT_VERSION:
-        raise AdapterError(f"it has format version {version}, this release reads {FORMAT_VERSION}")
+        raise AdapterError(f"it has format version {str(version)[:20]}, this release reads {FORMAT_VERSION}")
+    record = read_record(metadata["loraone"])
+    peft = read_peft_config(metadata.get("peft_config", "{}"), "task_type", "fan_in_fan_out")
+    pairs = _by_expert(tensors, record.experts)
+    check_factors(pairs, record.layers)
+    parameters = {*(peft.get("target_parameters") or ())} - record.experts.keys()
+    return Adapter(
+        pairs={name: pairs[name] for name in record.layers},
+        config=record.config,
+        layers=record.layers,
+        loss=record.loss,
+        base=record.base,
+        sample=record.sample,
+        task_type=peft["task_type"],
+        fan_in_fan_out=bool(peft["fan_in_fan_out"]),
+        preconditioner=record.preconditioner,
+        training=record.training,
+        saved=saved or {},
+        experts=record.experts,
+        by_parameter=tuple(sorted(name.removesuffix(".weight") for name in parameters)),
+        growth=record.growth,
+    )
+
+
+def _by_expert(tensors: Mapping[str, LoraPair], experts: Mapping[str, ExpertStack]) -> dict[str, LoraPair]:
     try:
-        record = json.loads(metadata["loraone"])
-        peft = json.loads(metadata["peft_config"])
-        experts = {parameter: ExpertStack(**stack) for parameter, stack in record["experts"].items()}
-        pairs = split_experts(tensors, experts)
-        parameters = set(peft.get("target_parameters", ())) - experts.keys()
-        return Adapter(
-            pairs={name: pairs[name] for name in record["layers"]},
-            config=_config(record["config"]),
-            layers={
-                name: LayerReport(**{key: _tuples(value) for key, value in layer.items()})
-                for name, layer in record["layers"].items()
-            },
-            loss=LossReport(**{key: _tuples(value) for key, value in record["loss"].items()}),
-            base=record["base"],
-            sample=record["sample"],
-            task_type=peft["task_type"],
-            fan_in_fan_out=peft["fan_in_fan_out"],
-            preconditioner=Preconditioner(**record["preconditioner"]),
-            training=record["training"],
-            saved=saved or {},
-            experts=experts,
-            by_parameter=tuple(sorted(name.removesuffix(".weight") for name in parameters)),
-            growth=None if record.get("growth") is None else GrowthReport.from_record(record["growth"]),
-        )
-    except (ValueError, KeyError, TypeError, RuntimeError, ConfigError) as error:
-        raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
-
-
-def _config(record: Mapping[str, Any]) -> InitConfig:
-    fields = {key: _tuples(value) for key, value in record.items()}
-    budget = fields.pop("rank_budget", None)
-    return InitConfig(**fields, rank_budget=None if budget is None else RankBudget(**budget))
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has lists where the records have tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return split_experts(tensors, experts)
+    except (LookupError, RuntimeError) as error:
+        raise AdapterError(f"its metadata cannot be understood: experts: {describe(error)}") from error

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..atomic import check_replaceable, is_leftover
-from ..errors import AdapterError, NumericalError, OutputError
+from ..errors import AdapterError, NumericalError, OutputError, describe
+from ..json_files import shown
 from ..linalg.factors import LoraPair
 from ..safetensors_files import sort_metadata
 
@@ -67,6 +68,17 @@ def _check_writable(path: Path, suffix: str) -> None:
         raise OutputError(f"cannot write {path}: {ancestor} is a file, not a directory; choose another output")
     with tempfile.TemporaryFile(dir=ancestor):
         pass
+
+
+def weights_file(path: Path) -> Path:
+    """The safetensors file of an adapter that is one file or a directory. Raises AdapterError where there is none."""
+    try:
+        file = path / WEIGHTS if path.is_dir() else path
+        if file.is_file():
+            return file
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        raise AdapterError(f"{shown(str(path))} cannot be opened: {describe(error)}") from error
+    raise AdapterError(f"there is no adapter {file}")
 
 
 def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

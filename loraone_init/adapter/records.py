@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ..errors import ConfigError
+from ..ranges import check_range
 
 Kind = Literal["absolute", "scale-free"]
 Curve = tuple[tuple[float, float | None], ...]
@@ -90,18 +89,12 @@ class GrowthReport:
     settled: bool
     stages: tuple[GrowthStage, ...]
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> GrowthReport:
-        """What `asdict` made."""
-        return cls(**{**record, "stages": tuple(GrowthStage(**stage) for stage in record["stages"])})
-
 
 def check_damping(damping: float, kind: str) -> None:
     """Raise ConfigError for a kind that does not exist or a damping that is no finite number from 0 on."""
     if kind not in get_args(Kind):
         raise ConfigError(f"the preconditioner's kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ConfigError(f"damping must be a finite number, 0 or more, got {damping!r}")
+    check_range("damping", damping)
 
 
 @dataclass(frozen=True)

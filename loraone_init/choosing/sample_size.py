@@ -12,8 +12,9 @@ from statistics import median
 from typing import Protocol
 
 from ..adapter.records import GrowthStage
-from ..config import is_whole
 from ..errors import ConfigError, DataError
+from ..json_files import shown
+from ..ranges import RANGES, check_range
 
 DEFAULT_START = 16
 DEFAULT_MAX_SAMPLES = 512
@@ -37,10 +38,9 @@ class Growth:
     start: int = DEFAULT_START
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.tolerance, (int, float)) and 0 < self.tolerance < 1):
-            raise ConfigError(f"the sample's tolerance must be between 0 and 1, got {self.tolerance!r}")
-        if not is_whole(self.start) or self.start < 2:
-            raise ConfigError(f"a sample grows from 2 rows at least, got {self.start!r}")
+        check_range("tolerance", self.tolerance, "the sample's tolerance")
+        if not RANGES["start"].holds(self.start):
+            raise ConfigError(f"a sample grows from 2 rows at least, got {shown(self.start)}")
 
     def sizes(self, available: int) -> list[int]:
         """The sizes to try: start, 2·start, 4·start …, and last all that are available.

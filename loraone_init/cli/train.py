@@ -108,7 +108,7 @@ def _run(options: TrainCommand) -> None:
     from ..data import rows as data_rows
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
-    from ..models.tokenizer import load_tokenizer
+    from ..models.tokenizer import require_tokenizer
 
     if is_single_file(options.output):
         raise OutputError(f"{options.output}: a training writes a directory, with checkpoints; leave .safetensors out")
@@ -130,7 +130,7 @@ def _run(options: TrainCommand) -> None:
         )
     trust = options.trust_remote_code
     source = resolve_model(options.model, revision=options.revision, token=options.token, trust_remote_code=trust)
-    tokenizer = load_tokenizer(source, trust)
+    tokenizer = require_tokenizer(source, trust)
     data = _load(options.data, tokenizer, rows, options.token)
     evaluation = None
     if evaluated is not None:

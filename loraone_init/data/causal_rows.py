@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataError, describe
+from ..errors import DataError, describe, is_out_of_memory
 from ..extras import require
 from .batches import IGNORED, Field
 from .formats import (
@@ -24,11 +24,16 @@ from .formats import (
     wrong_type,
 )
 from .rows import Row
+from .tokenising import told_by_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_NOT_FOR_TEMPLATES = {
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "continue_final_message"),
+}
 _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -95,19 +100,15 @@ class RowEncoder:
         self, content: Content, row: Row, number: int, *, is_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
         """Token ids, and for each 1 or 0: whether the assistant wrote it (all 1 unless assistant_only)."""
-        from jinja2 import TemplateError
-
         if not content and not isinstance(content, str):  # no messages: most chat templates fail
             return [], []
-        try:
+        with told_by_row(number):
             if isinstance(content, str):
                 encoded = self.tokenizer(text=content)
             else:
                 encoded = self.tokenizer.apply_chat_template(
                     content, tokenize=True, return_dict=True, **self._template_arguments(row, number, is_prompt)
                 )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise DataError(f"row {number} cannot be tokenised: {describe(error)}") from error
         ids: list[int] = encoded["input_ids"]
         if is_prompt or not self.assistant_only:
             return ids, [1] * len(ids)
@@ -126,6 +127,11 @@ class RowEncoder:
         extra = row.get("chat_template_kwargs") or {}
         if not isinstance(extra, dict):
             raise wrong_type(row, "chat_template_kwargs", number, "an object")
+        if taken := sorted(_NOT_FOR_TEMPLATES & extra.keys()):
+            raise DataError(
+                f"row {number}: column 'chat_template_kwargs' has {taken[0]}, which says how to tokenise; expected what"
+                " the template itself knows, such as enable_thinking"
+            )
         return {**purpose, "chat_template": self.chat_template, "tools": tools_of(row, number), **extra}
 
 
@@ -189,9 +195,12 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     try:
         marked: str | None = get_training_chat_template(tokenizer)
-    except ValueError as error:
+    except Exception as error:  # TRL runs the template: whatever that raises
+        if is_out_of_memory(error):
+            raise
+        told = "" if isinstance(error, ValueError) else f" ({describe(error)[:250]})"
         raise DataError(
             "`assistant_only` needs a chat template with {% generation %} markers; the tokenizer's has none, nor has"
-            " TRL one for it; add them, or leave `assistant_only` out"
+            f" TRL one for it{told}; add them, or leave `assistant_only` out"
         ) from error
     return marked

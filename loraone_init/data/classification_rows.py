@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataError, describe
+from ..errors import DataError
 from .batches import Field
 from .formats import Format, rename_columns, string_of, value_of
 from .labels import Labels, Target, labels_of_values
 from .rows import Row, Rows, Source, read_rows
+from .tokenising import told_by_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,13 +73,11 @@ class ClassificationEncoder:
         if self.format == "text-pair-label":
             texts["text_pair"] = string_of(row, "text_pair", number)
         target = self.labels.target(value_of(row, "label", number), number)
-        try:
+        with told_by_row(number):
             encoded = self.tokenizer(**texts)
             truncated = len(encoded["input_ids"]) > self.max_length
             if truncated:
                 encoded = self.tokenizer(**texts, truncation=True, max_length=self.max_length)
-        except (TypeError, ValueError, LookupError) as error:
-            raise DataError(f"row {number} cannot be tokenised: {describe(error)}") from error
         return ClassifiedRow(encoded["input_ids"], encoded.get("token_type_ids"), target, truncated)
 
 

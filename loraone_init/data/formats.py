@@ -16,13 +16,13 @@ The last two are this project's; the others are read as TRL 1.x reads them. For 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..errors import ConfigError, DataError
+from ..json_files import JsonError, json_type, parse_json
 from ..tasks import Task
-from .rows import Row, json_type
+from .rows import Row
 
 Format = Literal[
     "prompt-completion",
@@ -178,9 +178,9 @@ def tools_of(row: Row, number: int) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"row {number}: column 'tools' is not JSON: {error.msg}, line {error.lineno}") from error
+            tools = parse_json(tools)
+        except JsonError as error:
+            raise DataError(f"row {number}: column 'tools' is not JSON: {error}") from error
     if not isinstance(tools, list | None):
         raise wrong_type(row, "tools", number, "a list, or a list as JSON")
     return tools

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args
 
 from ..errors import DataError, ModelError
-from .rows import json_type
+from ..json_files import json_type, shown
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 """transformers' words for the loss: cross entropy, one binary cross entropy for each label, squared error."""
@@ -19,7 +19,12 @@ Target = int | list[float]
 LabelSource = Union["Labels", Callable[[], "Labels"], None]
 """Labels, or what finds them when it is called, which takes a pass over the data."""
 
+MAX_LABELS = 2**20
+"""A larger index is none: that many outputs would be made."""
+
 _INTEGER = re.compile(r"[+-]?\d+")
+_LARGEST = 1e300
+_MAX_DIGITS = 300
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -48,7 +53,7 @@ class Labels:
         numbers = [_as_number(n) for n in (value if isinstance(value, list) else [value])]
         highest = math.inf if self.problem == "regression" else 1.0
         if len(numbers) != len(self.names) or not all(_is_number(n) and -highest <= n <= highest for n in numbers):
-            raise DataError(f"row {number}: label {value!r} is not {self._expected()}")
+            raise DataError(f"row {number}: label {shown(value)} is not {self._expected()}")
         return [float(n) for n in numbers]
 
     def _index(self, value: Any, number: int) -> int:
@@ -57,7 +62,7 @@ class Labels:
         index = _as_integer(_as_number(value))
         if isinstance(index, int) and 0 <= index < len(self.names):
             return index
-        raise DataError(f"row {number}: label {value!r} is not {self._expected()}")
+        raise DataError(f"row {number}: label {shown(value)} is not {self._expected()}")
 
     def _expected(self) -> str:
         some = ", ".join(self.names[:8]) + (", …" if len(self.names) > 8 else "")
@@ -74,7 +79,7 @@ def config_labels(config: Any) -> Labels:
     problem = config.problem_type or ("regression" if len(names) == 1 else "single_label_classification")
     known: dict[str, Problem] = {name: name for name in get_args(Problem)}
     if problem not in known:
-        raise ModelError(f"problem_type of config.json is {problem!r}; expected one of {', '.join(known)}")
+        raise ModelError(f"problem_type of config.json is {shown(problem)}; expected one of {', '.join(known)}")
     return Labels(names, known[problem])
 
 
@@ -98,12 +103,17 @@ def labels_of_values(values: Iterable[Any]) -> Labels:
     odd = next((number for number, kind in enumerate(kinds, 1) if kind != kinds[0]), None)
     if odd is not None:
         raise DataError(
-            f"row {odd}: label {values[odd - 1]!r} is unlike that of row 1, {values[0]!r}; expected one kind"
+            f"row {odd}: label {shown(values[odd - 1])} is unlike that of row 1, {shown(values[0])}; expected one kind"
         )
     if kinds[0] == "number":
         return Labels(("LABEL_0",), "regression")
     if kinds[0] == "index":
-        return _checked(Labels(_unnamed(1 + max(values))))
+        if (highest := max(values)) >= MAX_LABELS:
+            raise DataError(
+                f"row {1 + values.index(highest)}: label {shown(highest)} is the index of one label of more than"
+                f" {MAX_LABELS:,}; if it is a quantity, write {shown(highest)}.0 for a regression"
+            )
+        return _checked(Labels(_unnamed(1 + highest)))
     if kinds[0] == "name":
         return _checked(Labels(tuple(sorted(set(values)))))
     return _checked(_several(values))
@@ -138,13 +148,13 @@ def _kind(value: Any, number: int) -> str:
         return "name"
     if isinstance(value, list):
         return "several"
-    got = repr(value) if isinstance(value, (int, float, str)) else json_type(value)
+    got = shown(value) if isinstance(value, (int, float, str)) else json_type(value)
     raise DataError(f"row {number}: label is {got}; expected an index from 0, a name, a number, or a list of these")
 
 
 def _as_number(value: Any) -> Any:
     """A number that is written as a string, as all are in .csv, as a number; anything else as it is."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+    if isinstance(value, str) and len(value) <= _MAX_DIGITS and _NUMBER.fullmatch(value.strip()):
         return int(value) if _INTEGER.fullmatch(value.strip()) else float(value)
     return value
 
@@ -155,7 +165,7 @@ def _as_integer(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and -_LARGEST <= value <= _LARGEST
 
 
 def _are_names(values: list[Any]) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..config import AUTO, Auto, is_whole
+from ..config import AUTO, Auto
 from ..errors import ConfigError
+from ..ranges import check_range
 from ..tasks import Task, check_task
 from .formats import check_columns
 
@@ -52,16 +53,10 @@ class DataOptions:
     held_out: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_length", "batch_size", "batch_tokens"):
-            value = getattr(self, name)
-            if name == "batch_tokens" and value is None:
+        for name in ("samples", "max_length", "batch_size", "batch_tokens", "held_out", "seed"):
+            if name in ("batch_tokens", "held_out") and getattr(self, name) is None:
                 continue
-            if not is_whole(value) or value < 1:
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.held_out is not None and (not is_whole(self.held_out) or self.held_out < 0):
-            raise ConfigError(f"held_out must be a whole number of at least 0, got {self.held_out!r}")
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed!r}")
+            check_range(name, getattr(self, name))
         check_task(self.task)
         check_columns(self.columns or {}, self.task)
         if self.task != "causal-lm" and (self.completion_only is not None or self.assistant_only):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from typing import Any, Union
 
 from ..errors import ConfigError, DataError, describe
 from ..extras import require
+from ..json_files import JsonError, json_type, parse_json
 
 Row = dict[str, Any]
 
@@ -134,20 +134,6 @@ def _rows_from_python(given: Any, split: str | None) -> Rows:
     return Rows(FROM_PYTHON, len(rows), rows.__getitem__)
 
 
-def json_type(value: object) -> str:
-    """What messages call a value: object, list, string, null, or the name of its Python type."""
-    names: dict[type, str] = {
-        dict: "object",
-        list: "list",
-        str: "string",
-        int: "number",
-        float: "number",
-        bool: "boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), type(value).__name__)
-
-
 def _is_file(source: str) -> bool:
     """Whether it is a path: what exists here, has a file's suffix, or cannot be a hub id."""
     exists = os.path.exists(os.path.expanduser(source))
@@ -195,22 +181,21 @@ def _parse_jsonl(text: str, source: str) -> list[Any]:
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line.rstrip("\n")))
-            except json.JSONDecodeError as error:
+                rows.append(parse_json(line.rstrip("\n"), finite=False))
+            except JsonError as error:
+                column = "" if error.column is None else f", column {error.column}"
                 raise DataError(
-                    f"{source!r}: line {number} is not JSON: {error.msg}, column {error.colno}; expected one object"
+                    f"{source!r}: line {number} is not JSON: {error.reason}{column}; expected one object"
                 ) from error
     return rows
 
 
 def _parse_json(text: str, source: str) -> list[Any]:
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; JSON with one object a line is named .jsonl" if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{source!r} is not JSON: {error.msg}, line {error.lineno}, column {error.colno}{hint}"
-        ) from error
+        content = parse_json(text, finite=False)
+    except JsonError as error:
+        hint = "; JSON with one object a line is named .jsonl" if error.reason == "Extra data" else ""
+        raise DataError(f"{source!r} is not JSON: {error}{hint}") from error
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(lists) != 1:
@@ -270,7 +255,15 @@ def _read_parquet(source: str, path: Path) -> Rows:
         table = pyarrow.parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"cannot read {source!r}: {describe(error)}") from error
-    return Rows(source, table.num_rows, lambda index: table.slice(index, 1).to_pylist()[0])
+
+    def read(index: int) -> Row:
+        try:
+            row: Row = table.slice(index, 1).to_pylist()[0]
+        except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # text that is not UTF-8, years past 9999
+            raise DataError(f"{source!r}: row {index + 1} cannot be read: {describe(error)}") from error
+        return row
+
+    return Rows(source, table.num_rows, read)
 
 
 def _read_hub(source: str, split: str, revision: str | None, token: str | None) -> Rows:

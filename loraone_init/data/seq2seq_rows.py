@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import DataError, describe
+from ..errors import DataError
 from .causal_rows import EncodedRow
 from .formats import CONVERSATIONAL, WITHOUT_COMPLETION, Format, infer_format, prompt_and_completion, rename_columns
 from .rows import Row
+from .tokenising import told_by_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,13 +55,11 @@ class SourceTargetEncoder:
 
     def _tokenise(self, text: Mapping[str, str], number: int) -> tuple[list[int], bool]:
         """Token ids, and whether some were cut."""
-        try:
+        with told_by_row(number):
             ids: list[int] = self.tokenizer(**text)["input_ids"]
             if len(ids) <= self.max_length:
                 return ids, False
             return self.tokenizer(**text, truncation=True, max_length=self.max_length)["input_ids"], True
-        except (TypeError, ValueError, LookupError) as error:
-            raise DataError(f"row {number} cannot be tokenised: {describe(error)}") from error
 
 
 def source_target_encoder(

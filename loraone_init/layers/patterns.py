@@ -13,6 +13,7 @@ from typing import TypeVar
 import regex
 
 from ..errors import ConfigError
+from ..json_files import shown
 
 _SECONDS = 1.0  # for one name; the usual ones take microseconds
 
@@ -61,7 +62,7 @@ def fully_matches(pattern: str, name: str) -> bool:
         return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
     except TimeoutError as error:
         raise ConfigError(
-            f"the regular expression {pattern!r} takes too long for {name!r}; write it with fewer repetitions"
+            f"the regular expression {shown(pattern)} takes too long for {name!r}; write it with fewer repetitions"
         ) from error
     except (regex.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{pattern!r} is not a regular expression: {error}") from error
+        raise ConfigError(f"{shown(pattern)} is not a regular expression: {error}") from error

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.labels import LabelSource
-from ..errors import ModelError, describe
 from ..tasks import NAMES, Task, auto_class, check_architecture
 from ..weights.base import get_tensor, set_tensor
 from ..weights.checkpoint import Checkpoint
 from .dtypes import DType, declared_dtypes, select_dtype
+from .foreign import load_config, told_as_model_error
 from .heads import Head, find_head, fit_labels
-from .loading import UNREADABLE
 from .placement import Placement
 from .quantized import check_dtype, quantization_method, require_packages
 from .sources import LocalModel
@@ -43,20 +42,13 @@ def skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: Wanted) -> tupl
 
     Every parameter and buffer is on the meta device, in the dtype it will have.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=wanted.trust_remote_code)
+    with told_as_model_error(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}"):
+        config = load_config(source.directory, source.name, len(checkpoint.names), wanted.trust_remote_code)
         check_architecture(source.name, config, wanted.task)
         model = _from_config(config, wanted)
         head = find_head(model, checkpoint.names)
         if wanted.task == "sequence-classification" and fit_labels(model, wanted.labels, head):
             model = _from_config(model.config, wanted)
-    except (*UNREADABLE, AttributeError, TypeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
-        hint = "; `trust_remote_code=True` runs it" if "trust_remote_code" in str(error) else ""
-        message = describe(error).partition(" Model type should be one of ")[0][:250]  # a list of all there are follows
-        raise ModelError(f"{source.name} cannot be opened as {NAMES[wanted.task].kind}: {message}{hint}") from error
     if method := quantization_method(model):
         check_dtype(source.name, method, model.dtype)
         if wanted.weights:

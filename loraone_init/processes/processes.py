@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from ..environment import environment_number
+
 if TYPE_CHECKING:
     from ..linalg.layer_gradient import LayerGradient
 
@@ -87,7 +89,7 @@ def joined(device: str, verbose: bool) -> Iterator[Processes]:
 
     Without torchrun, nothing of torch.distributed is imported. device, verbose: the values of these options.
     """
-    if "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "LOCAL_RANK" not in os.environ or environment_number("WORLD_SIZE", 1, 1) == 1:
         yield Alone(device)
         return
     from .distributed import join

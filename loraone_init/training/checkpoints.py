@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import atomic_directory, atomic_file
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, OutputError, describe
+from ..json_files import JsonError, expect, read_json, shown
 from ..version import __version__
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,19 @@ def _is_ours(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and ((path / MARK).is_file() or _read_record(path) is not None)
 
 
+def check_state(checkpoint: Path) -> None:
+    """Raise ConfigError where the Trainer's own record in a whole checkpoint cannot be read."""
+    from transformers import TrainerState
+
+    state = checkpoint / "trainer_state.json"
+    try:
+        TrainerState(**read_json(state, finite=False))
+    except (JsonError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{state} is damaged: {describe(error)}; remove {checkpoint}, and --resume goes on from the one before"
+        ) from error
+
+
 def step_of(checkpoint: Path) -> int:
     """The number of steps done."""
     match = _NAME.fullmatch(checkpoint.name)
@@ -103,16 +117,16 @@ def step_of(checkpoint: Path) -> int:
 def _read_record(checkpoint: Path) -> dict[str, Any] | None:
     """What `seal` wrote, None where it did not or a file is not as it was then."""
     try:
-        record: dict[str, Any] = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-        sizes = {name: (checkpoint / name).stat().st_size for name in record["files"]}
-        record["options"].items()
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        record: dict[str, Any] = read_json(checkpoint / RECORD)
+        files, options = expect(record.get("files")), expect(record.get("options"))
+        sizes = {name: (checkpoint / name).stat().st_size for name in files}
+    except (OSError, ValueError):  # of these JsonError, and names that no file can have
         return None
-    return record if sizes == record["files"] else None
+    return {"files": files, "options": options} if sizes == files else None
 
 
 def _check_options(checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [name for name in now if before.get(name) != now[name]]
     if changed:
-        what = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+        what = ", ".join(f"{name} was {shown(before.get(name))}, is {now[name]!r}" for name in changed)
         raise ConfigError(f"{checkpoint} is of another training: {what}; resume with the options it was started with")

@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..errors import ConfigError
+from ..ranges import check_range
 
 OptimizerName = Literal["preconditioned", "adamw"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Reports = Literal["none", "tensorboard"]
 Device = Literal["auto", "cpu"]
+
+_NUMBERS = (
+    *("epochs", "learning_rate", "warmup", "batch_size", "accumulation", "weight_decay", "max_grad_norm"),
+    *("logging_steps", "save_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class TrainOptions:
         for name, allowed in (("optimizer", OptimizerName), ("schedule", Schedule), ("precision", Precision)):
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
-        for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+        for name in _NUMBERS:
+            check_range(name, getattr(self, name))
+        for name in ("max_steps", "damping"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name))
+        check_range("training_seed", self.seed, "seed")

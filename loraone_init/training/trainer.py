@@ -19,6 +19,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.files import tensor_names
 from ..data.batches import collate
 from ..data.sample import Sample
+from ..environment import environment_number
 from ..errors import ConfigError, ModelError, describe
 from ..extras import require
 from ..layers.expert_layout import split_experts
@@ -29,7 +30,7 @@ from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
 from ..weights.checkpoint import Checkpoint, same_weights
 from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints
-from .checkpoints import last_whole, step_of
+from .checkpoints import check_state, last_whole, step_of
 from .options import Precision, TrainOptions
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def train(
     """
     require_packages(options)
     _refuse_sharding(options)
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # before accelerate reads them
+        environment_number(variable, 0)
     checkpoint = Checkpoint(source.directory)
     model = _peft_model(source, checkpoint, adapter, options, trust_remote_code)
     facts = _facts(adapter, data, options)
@@ -91,6 +94,7 @@ def train(
     _check_agreement(record)
     start = last_whole(output, record) if resume else None
     if start is not None:
+        check_state(start)
         logger.info("Going on after step %d", step_of(start))
     elif resume:
         logger.info("No checkpoint in %s: starting", output)
@@ -213,7 +217,7 @@ def _facts(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, A
     irrelevant = ("logging_steps", "save_steps", "report_to", "device", "damping")
     record = {name: value for name, value in asdict(options).items() if name not in irrelevant}
     preconditioner = asdict(chosen) if options.optimizer == "preconditioned" else None
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = environment_number("WORLD_SIZE", 1, 1)
     return {**record, "preconditioner": preconditioner, "processes": processes, "data": data.sha256}
 
 

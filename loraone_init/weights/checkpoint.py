@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..cache import remembered
 from ..errors import ModelError
+from ..json_files import JsonError, expect, read_json
 from ..safetensors_files import DTYPES, read_header
 
 FINGERPRINT_KIND = "all-bytes:"
@@ -131,9 +132,11 @@ def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file():
         try:
-            files = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, LookupError, AttributeError, TypeError, OSError) as error:
-            raise ModelError(f"{index} is no safetensors index, with a weight_map from tensors to files") from error
+            files = sorted({str(name) for name in expect(read_json(index).get("weight_map")).values()})
+        except JsonError as error:
+            raise ModelError(
+                f"{index} is no safetensors index, with a weight_map from tensors to files: {error}"
+            ) from error
         for name in files:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ModelError(f"{index} names {name}, a file outside of the model directory; it is not read")

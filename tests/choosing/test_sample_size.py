@@ -12,6 +12,7 @@ from support.causal import make_word_tokenizer
 
 from loraone_init import DataOptions, load_batches
 from loraone_init.adapter.records import GrowthReport, GrowthStage
+from loraone_init.adapter.schema import checked
 from loraone_init.adapter.wording import describe_growth, describe_stage
 from loraone_init.choosing.sample_size import Growth, has_settled, stage_of
 from loraone_init.data.sample import Sample
@@ -89,7 +90,7 @@ def test_one_sample_alone_has_not_settled() -> None:
 def test_record_of_a_growth_comes_back() -> None:
     report = GrowthReport(0.4, 100, True, (stage(None, None), stage(0.7)))
     record = json.loads(json.dumps(asdict(report)))
-    assert GrowthReport.from_record(record) == report
+    assert checked(GrowthReport, record, "growth") == report
     assert describe_growth(record) == "16, settled; agreement of halves 16: –, 16: 0.70 (0.6 wanted)"
 
 

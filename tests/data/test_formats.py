@@ -457,6 +457,31 @@ def test_chat_template_that_fails() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{{ messages[99].content.x }}", "has no element 99"),
+        ("{{ range(10 ** 30) }}", "too large"),
+    ],
+)
+@pytest.mark.parametrize("assistant_only", [False, True])
+def test_chat_template_that_cannot_be_run(template: str, reason: str, assistant_only: bool) -> None:
+    """Templates are programs, which raise anything."""
+    if assistant_only:
+        template = f"{{% generation %}}{template}{{% endgeneration %}}"
+    message = refusal([{"messages": CHATS[0]}], make_tokenizer(template), assistant_only=assistant_only)
+    assert message.startswith("row 1 cannot be tokenised: ")
+    assert reason.lower() in message.lower()
+
+
+@pytest.mark.parametrize("name", ["tokenize", "return_tensors", "padding", "max_length", "return_dict"])
+def test_arguments_that_are_none_of_the_template(name: str) -> None:
+    message = refusal([{"messages": CHATS[0], "chat_template_kwargs": {name: 1}}])
+    assert message.startswith(f"row 1: column 'chat_template_kwargs' has {name}, which says how to tokenise;")
+
+
 def test_text_that_is_no_unicode() -> None:
     assert "row 1 cannot be tokenised" in refusal([{"text": "\ud800"}])
 

@@ -52,6 +52,8 @@ def test_labels_that_a_column_speaks_of(values: list[Any], expected: Labels) -> 
         ([1, {"a": 1}], "row 2: label is object; expected"),
         (["a", ""], "row 2: label is ''; expected"),
         ([0.5, float("nan")], "row 2: label is nan; expected"),
+        ([0, 10**30], "row 2: label 10+ is the index of one label of more than 1,048,576; if it is a quantity"),
+        (["0", "9" * 5000], r"row 2: label '9+… is unlike that of row 1, 0; expected one kind"),
         (["a", "b", 1], "row 3: label 1 is unlike that of row 1, 'a'; expected one kind"),
         ([0, 0], "all rows have the same label, LABEL_0; expected two at least"),
         (["a", "a"], "all rows have the same label, a; expected two at least"),
@@ -96,6 +98,7 @@ def test_targets(problem: Any, value: Any, target: Any) -> None:
         (MULTI, [0, 1], "a list of names of these, or of 3 numbers"),
         (MULTI, [0, 1, 2], "a list of names of these, or of 3 numbers"),
         ("regression", 0.5, "a list of 3 finite numbers"),
+        ("regression", [10**400, 0, 0], "a list of 3 finite numbers"),
         ("regression", [0.5, float("inf"), 1], "a list of 3 finite numbers"),
     ],
 )

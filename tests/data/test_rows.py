@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from loraone_init.data.rows import Rows, json_type, read_rows
+from loraone_init.data.rows import Rows, read_rows
 from loraone_init.errors import ConfigError, DataError, MissingPackageError
+from loraone_init.json_files import json_type
 
 ROWS = [{"prompt": "Größe?", "completion": "3, 4\nund 5"}, {"prompt": "“a”", "completion": ""}]
 
@@ -193,6 +194,31 @@ def test_json_without_one_list(tmp_path: Path, text: str, expected: str) -> None
 )
 def test_bad_csv(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in error_of(write(tmp_path / "a.csv", text))
+
+
+def test_parquet_with_text_that_does_not_decode(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    text = pyarrow.array([b"fine", b"\xff\xfe"], type=pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    rows = read_rows(str(tmp_path / "a.parquet"))
+    assert rows[0] == {"text": "fine"}
+    with pytest.raises(DataError, match=r"row 2 cannot be read: 'utf-8' codec can't decode"):
+        rows[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "line 1 is not JSON: it is nested more than 100 deep; expected one"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "7" * 5000 + "}", "line 2 is not JSON: it has a number of too many"),
+        ("a.jsonl", '{"text": "\\udcff"}', "line 1 is not JSON: it has a string with half of a surrogate pair"),
+        ("a.json", "[" * 100_000, "is not JSON: it is nested more than 100 deep"),
+        ("a.json", '[{"text": ' + "7" * 5000 + "}]", "is not JSON: it has a number of too many digits"),
+    ],
+)
+def test_json_that_python_does_not_read(name: str, text: str, reason: str, tmp_path: Path) -> None:
+    assert reason in error_of(write(tmp_path / name, text))
 
 
 def test_bad_parquet(tmp_path: Path) -> None:

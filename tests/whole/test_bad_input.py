@@ -180,6 +180,19 @@ def test_gguf_file_that_is_none(head: bytes, refused: Refused, tmp_path: Path, m
     assert content(tmp_path / "cache") == {"loraone-init": None}
 
 
+def test_gguf_without_a_home(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where HOME is not set and the system does not know the user."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    message = refused(model=tmp_path / "bad.gguf")
+    assert "there is no home directory to keep a converted model in; set XDG_CACHE_HOME" in message
+
+
 def test_gguf_without_a_place_for_the_cache(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     (tmp_path / "cache").write_text("a file")
