@@ -84,12 +84,6 @@ def _finish(path: Path) -> None:
 
 
 def _umask() -> int:
-    """The process's umask, by the mode of a new file: `os.umask` tells it only by setting another one, which files that
-    other threads make in that instant would get.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        file = os.open(Path(directory) / "probe", os.O_CREAT | os.O_WRONLY, 0o777)
-        try:
-            return 0o777 & ~os.fstat(file).st_mode
-        finally:
-            os.close(file)
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
