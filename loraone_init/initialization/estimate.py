@@ -45,7 +45,7 @@ class Memory:
 
     outside:   weights that are always there: those that belong to no block, or all where none come and go.
     block:     weights that come and go: of the largest block; of two, where the next one comes ahead.
-    gradients: of that block's target layers, and what the SVD takes that takes most; twice as much in halves.
+    gradients: of that block's target layers, and what the largest SVD takes; in halves, all layers' sums twice.
     inputs:    of all blocks, for the whole sample: kept from the forward to the backward.
     working:   what one block computes for the largest micro-batch, or the head for its chunk of logits.
     """

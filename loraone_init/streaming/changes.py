@@ -25,6 +25,7 @@ from ..errors import ModelError
 _DEPTH = 6  # of containers in containers that are looked into
 _PLAIN = (int, float, complex, str, bytes, type(None))
 _CLOSED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, nn.Module, torch.dtype, torch.device)
+_BUFFER, _CONTEXT = "the buffer ", "the context variable "
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__) | {"forward"}
 
 Leaves = dict[str, tuple[Any, int | None]]
@@ -93,7 +94,7 @@ def nothing_left_behind(block: str, module: nn.Module, args: tuple[Any, ...], kw
         raise _refused(f"block {block} changes a list or dict inside of its arguments")
     if path := given.change():
         raise _refused(f"block {block} changes an object that it is given: {path}")
-    _check_state(block, module, state, _state(module))
+    _check_state(block, state, _state(module))
 
 
 def changed_after(what: str, block: str) -> ModelError:
@@ -149,19 +150,23 @@ def _state(module: nn.Module) -> Leaves:
             continue
         prefix = f"{name}." if name else ""
         named |= {f"{prefix}{key}": value for key, value in part.__dict__.items() if key not in _OF_EVERY_MODULE}
-        named |= {f"{prefix}{key} (buffer)": value for key, value in part._buffers.items()}
-    named |= {f"context variable {variable.name}": value for variable, value in contextvars.copy_context().items()}
+        named |= {f"{_BUFFER}{prefix}{key}": value for key, value in part._buffers.items()}
+    named |= {f"{_CONTEXT}{variable.name}": value for variable, value in contextvars.copy_context().items()}
     return {path: leaf for path, leaf in leaves_of(named).items() if isinstance(leaf[0], torch.Tensor)}
 
 
-def _check_state(block: str, module: nn.Module, before: Leaves, after: Leaves) -> None:
+def _check_state(block: str, before: Leaves, after: Leaves) -> None:
     """A tensor made once, such as a table of cosines, may stay; one that is made anew belongs to a micro-batch."""
     for path, (tensor, version) in after.items():
         old, old_version = before.get(path, (None, None))
         if old is tensor and version == old_version:
             continue
-        lasting = "(buffer)" in path or (old is None and not path.startswith("context variable"))
-        if tensor.requires_grad or not lasting:
+        if path.startswith(_CONTEXT):
+            raise ModelError(
+                f"block {block} leaves a tensor in {path}, where no gradient passes; have the model not collect"
+                " it (output_attentions, output_router_logits)"
+            )
+        if tensor.requires_grad or (old is not None and not path.startswith(_BUFFER)):
             raise _refused(f"block {block} leaves a tensor in {path}, where micro-batches overwrite each other's")
 
 

@@ -254,7 +254,7 @@ def test_dry_run_tells_the_sizes(command: Command, tiny_model: Path, many_rows: 
     assert json.loads(result.stdout)["growth"] == {"samples": [16, 32, 40], "tolerance": 0.4}
     fixed = command(tiny_model, many_rows, "--json", "--dry-run", "--rank", 4, "--samples", 40)
     memory = [json.loads(run.stdout)["memory_bytes"]["gradients"] for run in (result, fixed)]
-    assert memory[0] == 2 * memory[1]
+    assert memory[1] < memory[0] < 2 * memory[1]  # the sums are there twice, but one SVD runs at a time
     table = " ".join(command(tiny_model, many_rows, *options).stdout.split())
     assert "samples 16, 32, 40, until two halves agree to 0.6" in table
     assert "time at most about" in table

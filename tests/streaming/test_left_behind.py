@@ -180,8 +180,11 @@ def test_what_a_block_puts_into_a_list_or_dict_is_an_output(block, kind, named, 
         (Gives(TakesOut, lambda: [1.0]), "takes something out of its argument 1"),
         (Gives(LeavesAttribute, read=of_attributes), r"blocks\.0 leaves a tensor in aux|blocks\.2 leaves"),
         (Gives(AppendsToAttribute, read=of_attributes), r"blocks\.\d leaves a tensor in losses\[\d\]"),
-        (Gives(LeavesBuffer, read=of_attributes), r"leaves a tensor in aux \(buffer\)"),
-        (Gives(SetsContext, read=lambda m, e: sum(COLLECTED.get())), r"leaves a tensor in context variable collected"),
+        (Gives(LeavesBuffer, read=of_attributes), "leaves a tensor in the buffer aux"),
+        (
+            Gives(SetsContext, read=lambda m, e: sum(COLLECTED.get())),
+            r"leaves a tensor in the context variable collected",
+        ),
         (Gives(ChangesState, State), r"blocks\.0 changes an object that it is given: State \(1\)\.h"),
         (Gives(CountsInState, State), r"blocks\.0 changes an object that it is given: State \(1\)\.step"),
         (Gives(ReturnsState), r"a gradient would have to pass block blocks\.0 through an object: State \(1\)\.h"),
@@ -255,7 +258,7 @@ def test_a_loss_that_reads_what_transformers_collects_in_blocks_is_refused():
     def loss(model, batch):
         return model(**batch).loss, 1
 
-    with pytest.raises(ModelError, match=r"layers\.0 leaves a tensor in context variable output_collector"):
+    with pytest.raises(ModelError, match=r"layers\.0 leaves a tensor in the context variable output_collector"):
         moe_gradients(lambda model: WholeModel(model, loss), output_router_logits=True)
 
 
