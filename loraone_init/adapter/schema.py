@@ -250,13 +250,14 @@ def _as_dict(kind: Any, value: Any, where: str) -> dict[str, Any]:
 def _as_dataclass(kind: Any, value: Any, where: str) -> Any:
     hints = _hints(kind)
     required = [field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING]
+    given = _object(value, where)
     for name in required:
-        if name not in _object(value, where):
+        if name not in given:
             raise AdapterError(f"its metadata cannot be understood: {where} lacks the field {name}")
-    for name in value:
+    for name in given:
         if name not in hints:
             raise AdapterError(f"its metadata cannot be understood: {where} has an unknown field {shown(name)}")
-    arguments = {name: checked(hints[name], child, f"{where}.{name}") for name, child in value.items()}
+    arguments = {name: checked(hints[name], child, f"{where}.{name}") for name, child in given.items()}
     try:
         return kind(**arguments)
     except ConfigError as error:

@@ -37,6 +37,7 @@ def test_the_record_comes_back(adapter: Adapter) -> None:
         (lambda r: r.update(layers={}), r"loraone\.layers is \{\}, expected at least one layer"),
         (lambda r: r.pop("loss"), r"loraone lacks the field loss"),
         (lambda r: r.update(more=1), r"loraone has an unknown field 'more'"),
+        (lambda r: r.update(config=[{}]), r"loraone\.config is \[\{\}\], expected an object"),
         (lambda r: r["config"].update(rank="8"), r"loraone\.config\.rank is '8', expected a whole number"),
         (lambda r: r["config"].update(rank=10**30), r"loraone\.config\.rank is 10+, expected a whole number"),
         (lambda r: r["config"].update(rank=0), r"loraone\.config: rank must be a whole number of at least 1, got 0"),

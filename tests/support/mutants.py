@@ -22,6 +22,7 @@ from loraone_init.cli.init import main as init_command
 from loraone_init.cli.inspect import main as inspect_command
 from loraone_init.cli.train import main as train_command
 from support.causal import make_model, make_word_tokenizer
+from support.exports import make_moe
 from support.gguf_models import write_model
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -30,7 +31,9 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% en
 @dataclass(frozen=True)
 class World:
     """Valid inputs. model and sharded: model directories; adapter: one file; peft: a directory; trained: with a
-    checkpoint; rows: data; gguf: a model in one file."""
+    checkpoint; rows: data; gguf: a model in one file; others: more models with an adapter, whose records have what the
+    first one's lacks: searches, several ranks, a training, a head, experts.
+    """
 
     model: Path
     sharded: Path
@@ -39,6 +42,7 @@ class World:
     trained: Path
     rows: Path
     gguf: Path
+    others: tuple[tuple[Path, Path], ...]
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,24 @@ def make_world(directory: Path) -> World:
     adapter, peft, trained = directory / "adapter.safetensors", directory / "peft", directory / "trained"
     _succeed(init_command, model, rows, "-o", adapter, "--rank", 4, "--samples", 4, "--seed", 1)
     Adapter.load(adapter).save(peft)
+    rich, finished = directory / "rich.safetensors", directory / "finished"
+    search = ("--gamma", "auto", "--samples", "auto", "--rank-budget", 4)
+    _succeed(init_command, model, rows, "-o", rich, *search)
+    _succeed(train_command, model, rows, "--adapter", rich, "-o", finished, *TRAINING)
+    texts, classifier = directory / "texts.jsonl", directory / "classifier.safetensors"
+    texts.write_text("".join(f'{{"text": "w1 w{i}", "label": {i}}}\n' for i in range(3)))
+    _succeed(init_command, model, texts, "-o", classifier, "--task", "sequence-classification")
+    moe, experts = directory / "moe", directory / "experts.safetensors"
+    make_moe("qwen3_moe").save_pretrained(moe)
+    tokenizer.save_pretrained(moe)
+    _succeed(init_command, moe, rows, "-o", experts, "--samples", 2)
+    others = (model, finished / "adapter_model.safetensors"), (model, classifier), (moe, experts)
     _succeed(train_command, model, rows, "--adapter", adapter, "-o", trained, *TRAINING, "--save-steps", 1)
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "training_log.json"):
         (trained / name).unlink()  # as if it had been interrupted
     gguf = directory / "model.gguf"
     write_model(gguf, net)
-    return World(model, sharded, adapter, peft, trained, rows, gguf)
+    return World(model, sharded, adapter, peft, trained, rows, gguf, others)
 
 
 TRAINING = ("--max-steps", 1, "--batch-size", 2, "--samples", 4)
@@ -226,9 +242,14 @@ class _Maker:
     def out(self) -> Path:
         return self.directory / "out"
 
-    def on_adapter(self, what: str, adapter: Path) -> Mutant:
+    def source(self) -> tuple[Path, Path]:
+        """One of the models with an adapter in one file; more often the plain one."""
+        plain = self.world.model, self.world.adapter
+        return self.chance.choice((plain, plain, plain, *self.world.others))
+
+    def on_adapter(self, what: str, adapter: Path, model: Path | None = None) -> Mutant:
         """One of the commands that read an adapter."""
-        model, rows = self.world.model, self.world.rows
+        model, rows = model or self.world.model, self.world.rows
         chosen = self.chance.randrange(12)
         if chosen < 4:
             return self.mutant(what, inspect_command, adapter, *self.chance.choice(((), ("--json",), ("--layers",))))
@@ -266,7 +287,7 @@ class _Maker:
 
 def _record(make: _Maker) -> Mutant:
     """The header's metadata: a field of the record or of PEFT's configuration, or the JSON itself."""
-    source, target = make.world.adapter, make.directory / "a.safetensors"
+    (model, source), target = make.source(), make.directory / "a.safetensors"
     with safe_open(source, "pt") as opened:
         metadata = dict(opened.metadata())
     key = make.chance.choice(("loraone", "loraone", "loraone", "peft_config", "peft_config", "format_version"))
@@ -277,12 +298,12 @@ def _record(make: _Maker) -> Mutant:
         metadata[key], what = odd_json(make.chance, json.loads(metadata[key]))
         what = f"{key}: {what}"
     save_file(load_file(source), target, metadata=metadata)
-    return make.on_adapter(what, target)
+    return make.on_adapter(f"{source.stem}: {what}", target, model)
 
 
 def _factors(make: _Maker) -> Mutant:
     """Tensors of other shapes, dtypes and names, too few or too many."""
-    source, target = make.world.adapter, make.directory / "a.safetensors"
+    (model, source), target = make.source(), make.directory / "a.safetensors"
     with safe_open(source, "pt") as opened:
         metadata = dict(opened.metadata())
     tensors = load_file(source)
@@ -312,7 +333,7 @@ def _factors(make: _Maker) -> Mutant:
     else:
         tensors[name] = odd[what]()
     save_file(tensors, target, metadata=metadata)
-    return make.on_adapter(f"{what} {name}", target)
+    return make.on_adapter(f"{what} {name}", target, model)
 
 
 def _adapter_bytes(make: _Maker) -> Mutant:
