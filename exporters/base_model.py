@@ -14,6 +14,7 @@ from loraone_init.layers.targets import layer_shape
 from loraone_init.models.foreign import load_config, told_as_model_error
 from loraone_init.models.loading import missing_tensors
 from loraone_init.models.sources import LocalModel, resolve_model
+from loraone_init.transformers_private import tied_parameters
 from loraone_init.weights.checkpoint import Checkpoint, same_weights
 from loraone_init.weights.recipes import InseparableError, find_recipes, plain_names
 
@@ -141,7 +142,7 @@ def _check_replacements(base: BaseModel, lora: LoraWeights) -> None:
                 " pass a base with as many rows, such as one whose embedding was resized before the training"
             )
     for name, tensor in lora.frozen.items():
-        stored = base.tensor_names.get(name) or base.tensor_names.get(base.module.all_tied_weights_keys.get(name, ""))
+        stored = base.tensor_names.get(name) or base.tensor_names.get(tied_parameters(base.module).get(name, ""))
         if stored is None or not base.checkpoint.read(stored).to(tensor.dtype).equal(tensor):
             raise ExportError(f"{lora.path} holds {name} with other values than {base.source.name}; merge it with PEFT")
 
