@@ -18,6 +18,8 @@ from support.documents import COMMANDS, blocks, commands, made_small, parse, pyt
 from support.paths import ROOT
 from torch.distributed.run import get_args_parser
 
+import loraone_init
+
 DOCS = ROOT / "docs"
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
 LINKED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
@@ -91,6 +93,12 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         )
     ]
     assert loaded == []
+
+
+def test_every_public_name_is_on_the_api_page(site):
+    page = (site / "api.html").read_text(encoding="utf-8")
+    names = [name for name in loraone_init.__all__ if name not in ("__version__", "load_batches")]
+    assert [name for name in names if not re.search(rf'id="loraone_init\.(\w+\.)?{name}"', page)] == []
 
 
 def test_help_of_every_command_and_option_is_on_the_page():
