@@ -29,6 +29,7 @@ from .files import (
 )
 from .model_card import model_card
 from .peft_config import peft_config
+from .record_file import find_record, write_record
 from .records import DEFAULT_PRECONDITIONER, GrowthReport, LayerReport, LossReport, Preconditioner
 
 FORMAT_VERSION = "1"
@@ -100,6 +101,7 @@ class Adapter:
             self._write_weights(temporary / WEIGHTS)
             card = model_card(self.record(), self.peft_config())
             (temporary / CARD).write_text(card, encoding="utf-8")
+            write_record(temporary, *read_tensors(temporary / WEIGHTS))
             (temporary / CONFIG).write_text(json.dumps(self.peft_config(), indent=2) + "\n", encoding="utf-8")
 
     def _write_weights(self, path: Path) -> None:
@@ -114,6 +116,8 @@ class Adapter:
             raise AdapterError(f"there is no adapter {file}")
         metadata, tensors = read_tensors(file)
         try:
+            if "loraone" not in metadata and file.name == WEIGHTS:  # another trainer has written it
+                metadata = find_record(file.parent, tensors)
             saved = take_saved(tensors, modules_to_save(metadata))
             return parse_metadata(pair_up(tensors), metadata, saved)
         except AdapterError as error:
@@ -165,7 +169,7 @@ class Adapter:
 def modules_to_save(metadata: Mapping[str, str]) -> list[str]:
     """The modules that a file with this header metadata holds whole."""
     try:
-        return list(json.loads(metadata.get("peft_config", "{}")).get("modules_to_save", ()))
+        return list(json.loads(metadata.get("peft_config", "{}")).get("modules_to_save") or ())
     except (ValueError, AttributeError, TypeError) as error:
         raise AdapterError(f"its metadata cannot be understood ({error!r})") from error
 
@@ -186,7 +190,7 @@ def parse_metadata(
         peft = json.loads(metadata["peft_config"])
         experts = {parameter: ExpertStack(**stack) for parameter, stack in record["experts"].items()}
         pairs = split_experts(tensors, experts)
-        parameters = set(peft.get("target_parameters", ())) - experts.keys()
+        parameters = set(peft.get("target_parameters") or ()) - experts.keys()
         return Adapter(
             pairs={name: pairs[name] for name in record["layers"]},
             config=_config(record["config"]),

@@ -19,7 +19,8 @@ PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
-DIRECTORY_FILES = (WEIGHTS, CARD, CONFIG)
+RECORD = "loraone.json"
+DIRECTORY_FILES = (WEIGHTS, CARD, CONFIG, RECORD)
 SUFFIX = ".safetensors"
 
 

@@ -111,6 +111,8 @@ def _loss_text(loss: float | None) -> str:
 
 
 def _training_rows(training: Mapping[str, Any]) -> str:
+    if "by" in training:
+        return f"| Training | by {cell(training['by'])} |\n"
     rows = [
         f"| Training | {training['steps']:g} steps, {cell(training['optimizer'])}, learning rate"
         f" {training['learning_rate']:g}, {cell(training['schedule'])} schedule |"

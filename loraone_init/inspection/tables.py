@@ -90,7 +90,8 @@ def _print_head(console: Console, adapter: Adapter) -> None:
     if adapter.training is not None:
         first, last = adapter.training["first_loss"], adapter.training["last_loss"]
         told = f", loss {first:.4f} → {last:.4f}" if first is not None else ""
-        lines["trained"] = f"{count(adapter.training['steps'], 'step')}{told}"
+        by = adapter.training.get("by")
+        lines["trained"] = f"by {by}" if by else f"{count(adapter.training['steps'], 'step')}{told}"
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
