@@ -86,7 +86,7 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         trained_on=cell(
             describe_labels(sample) if "labels" in sample else f"{sample.get('num_label_tokens', '?')} label tokens"
         ),
-        opening=opening_lines(name or "MODEL", peft_config["task_type"], sample),
+        opening=opening_lines(_place(name), peft_config["task_type"], sample),
         searched=_search_row(loss["curve"]) if loss["curve"] else "",
         loss_rows=(
             f"{loss['rows']} rows held out of the gradient"
@@ -98,6 +98,11 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         least=min(captured),
         middle=median(captured),
     )
+
+
+def _place(name: str | None) -> str:
+    """What a reader opens the base by; the name of a GGUF file with its hash opens nothing."""
+    return "MODEL" if name is None or ".gguf@sha256:" in name else name
 
 
 def _search_row(curve: Curve) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from functools import partial
@@ -16,12 +17,16 @@ from ..version import __version__
 from .support import CONTEXT, Command, OrAuto, parse_modules, row_options, source_options, start_logging
 
 if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
     from ..choosing.sample_size import Growth
     from ..config import InitConfig
     from ..data.labels import LabelSource
     from ..data.options import DataOptions
     from ..models.opening import OpenModel
     from ..processes.processes import Processes
+
+
+logger = logging.getLogger(__name__)
 
 
 @click.command("loraone-init", cls=Command, context_settings=CONTEXT)
@@ -108,6 +113,7 @@ if TYPE_CHECKING:
     help="What may be used of the device, such as 8GiB; what is left of it keeps block inputs, then activations.",
 )
 @click.option("--seed", default=0, help="Seeds the choice of rows and the SVDs.")
+@click.option("--base-name", help="What the adapter calls its base, such as a hub id.  [default: MODEL's path or id]")
 @source_options
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what it would take, read no weights.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
@@ -199,7 +205,8 @@ def _run(
             return
         with monitor.timed("save"):
             adapter.save(output, overwrite=options["overwrite"])
-    summary = summarize(adapter, output, monitor, peaks)
+    summary = summarize(adapter, output, monitor, peaks, opened.opened_from)
+    _tell_paths(adapter)
     if not quiet or as_json:
         print_summary(summary, as_json)
     warn_if_worse(adapter.loss, adapter.gamma)
@@ -230,7 +237,19 @@ def _open(
         task=options["task"],
         labels=labels,
         seed=options["seed"],
+        base_name=options["base_name"],
     )
+
+
+def _tell_paths(adapter: Adapter) -> None:
+    """Paths of this machine would be published with the adapter."""
+    base, data = adapter.base.get("name"), adapter.sample.get("source")
+    if base is not None and os.path.isabs(base):
+        logger.info("The adapter names its base by a path on this machine, %s; --base-name gives another", base)
+    if data is not None and os.path.isabs(data):
+        logger.info(
+            "The adapter names its data by a path on this machine, %s; a relative one is recorded as given", data
+        )
 
 
 def _init_config(options: dict[str, Any]) -> InitConfig:
