@@ -12,6 +12,7 @@ import torch
 
 from loraone_init.adapter.adapter import FORMAT_VERSION
 from loraone_init.adapter.files import CONFIG, FACTORS, PREFIX, WEIGHTS, read_tensors, split_name, weights_file
+from loraone_init.adapter.record_file import find_record
 from loraone_init.adapter.schema import read_peft_config, read_record, record_as_json
 from loraone_init.errors import AdapterError, ConfigError
 from loraone_init.json_files import shown
@@ -59,6 +60,7 @@ class LoraWeights:
     peft_config:  the content of adapter_config.json.
     experts:      factors of fused experts, by the parameter's name; among `pairs` until `separate_experts` finds them.
     record:       what loraone-init noted of the adapter ("loraone" in docs/format.md); None for another tool's.
+    metadata:     the header's, with the record that was beside it where another trainer has written the header.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class LoraWeights:
     frozen: Mapping[str, torch.Tensor] = field(default_factory=dict)
     experts: Mapping[str, ExpertWeights] = field(default_factory=dict)
     record: Mapping[str, Any] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -104,14 +107,20 @@ def read_lora(path: Path) -> LoraWeights:
         raise AdapterError(f"{error}; give {expected}") from error
     metadata, tensors = read_tensors(file)
     try:
+        found: dict[str, str] = {}
+        if "loraone" not in metadata and file.name == WEIGHTS:  # another trainer has written it
+            found = find_record(file.parent, tensors)
+        metadata |= found
         config, record = _read_config(path, metadata)
+        if found:  # the trainer's has the same scale and ranks, and fewer of the names
+            config = read_peft_config(found["peft_config"])
         pairs, replacements, frozen = _sort_tensors(tensors)
         _check_ranks(pairs, config)
         _check_recorded(pairs, record)
         scales = {module: scale_of(name_in_peft(module, config), len(p.A), config) for module, p in pairs.items()}
     except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{path}: {error}") from error
-    return LoraWeights(path, pairs, scales, config, replacements, frozen, record=record)
+    return LoraWeights(path, pairs, scales, config, replacements, frozen, record=record, metadata=metadata)
 
 
 def _weights_file(path: Path) -> Path:

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loraone_init.adapter.files import CARD, CONFIG, WEIGHTS, is_single_file
+from loraone_init.adapter.files import CARD, CONFIG, WEIGHTS, is_single_file, read_tensors
 from loraone_init.adapter.model_card import model_card
+from loraone_init.adapter.record_file import write_record
 from loraone_init.adapter.schema import read_peft_config
 from loraone_init.atomic import atomic_directory, atomic_file
 from loraone_init.errors import ExportError
@@ -33,13 +34,14 @@ def export_peft(lora: LoraWeights, output: Path, *, plain_scaling: bool = False)
     if is_single_file(output):
         _check_record(lora)
         with atomic_file(output) as temporary:
-            _copy_weights(lora.file, config, temporary)
+            _copy_weights(lora, config, temporary)
     else:
         with atomic_directory(output) as directory:
-            _copy_weights(lora.file, config, directory / WEIGHTS)
+            _copy_weights(lora, config, directory / WEIGHTS)
             if lora.record is not None:
                 card = model_card(lora.record, lora.peft_config)
                 (directory / CARD).write_text(card, encoding="utf-8")
+                write_record(directory, *read_tensors(directory / WEIGHTS))
             (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return {"layers": len(lora.pairs) + len(lora.experts), "scaling": "α/√r" if config.get("use_rslora") else "α/r"}
 
@@ -72,7 +74,7 @@ def _check_record(lora: LoraWeights) -> None:
             f"{lora.path} was not written by loraone-init: it has no record of an initialisation, which the single file"
             " must hold; name a directory as output"
         )
-    recorded = read_peft_config(read_header(lora.file)[1]["__metadata__"].get("peft_config", "{}"), "lora_alpha")
+    recorded = read_peft_config(lora.metadata.get("peft_config", "{}"), "lora_alpha")
     for module, pair in lora.pairs.items():
         scale = scale_of(name_in_peft(module, recorded), len(pair.A), recorded)
         if not math.isclose(lora.scales[module], scale):
@@ -82,15 +84,17 @@ def _check_record(lora: LoraWeights) -> None:
             )
 
 
-def _copy_weights(source: Path, config: Mapping[str, Any], target: Path) -> None:
-    """A copy of the file; where its header holds a configuration that is not `config`, with `config` in its place."""
-    start, header = read_header(source)
-    metadata = header.get("__metadata__", {})
-    if "peft_config" not in metadata or json.loads(metadata["peft_config"]) == config:
-        shutil.copyfile(source, target)
+def _copy_weights(lora: LoraWeights, config: Mapping[str, Any], target: Path) -> None:
+    """A copy of the file; where its header is to hold another configuration, or the record, with these in it."""
+    start, header = read_header(lora.file)
+    wanted = dict(lora.metadata)
+    if "peft_config" in wanted and json.loads(wanted["peft_config"]) != config:
+        wanted["peft_config"] = json.dumps(config)
+    if wanted == header.get("__metadata__", {}):
+        shutil.copyfile(lora.file, target)
         return
-    header["__metadata__"] = dict(sorted((metadata | {"peft_config": json.dumps(config)}).items()))
-    with open(source, "rb") as old, open(target, "wb") as new:
+    header["__metadata__"] = dict(sorted(({"format": "pt"} | wanted).items()))
+    with open(lora.file, "rb") as old, open(target, "wb") as new:
         old.seek(start)
         write_header(new, header)
         shutil.copyfileobj(old, new)

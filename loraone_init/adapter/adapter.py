@@ -31,6 +31,7 @@ from .files import (
 from .model_card import model_card
 from .overview import Lines, as_html, as_text, one_line, overview
 from .peft_config import peft_config
+from .record_file import find_record, write_record
 from .records import DEFAULT_PRECONDITIONER, GrowthReport, LayerReport, LossReport, Preconditioner
 from .schema import check_factors, read_peft_config, read_record
 
@@ -117,6 +118,7 @@ class Adapter:
             self._write_weights(temporary / WEIGHTS)
             card = model_card(self.record(), self.peft_config())
             (temporary / CARD).write_text(card, encoding="utf-8")
+            write_record(temporary, *read_tensors(temporary / WEIGHTS))
             (temporary / CONFIG).write_text(json.dumps(self.peft_config(), indent=2) + "\n", encoding="utf-8")
 
     def _write_weights(self, path: Path) -> None:
@@ -128,6 +130,8 @@ class Adapter:
         file = weights_file(Path(path))
         metadata, tensors = read_tensors(file)
         try:
+            if "loraone" not in metadata and file.name == WEIGHTS:  # another trainer has written it
+                metadata = find_record(file.parent, tensors)
             saved = take_saved(tensors, modules_to_save(metadata))
             return parse_metadata(pair_up(tensors), metadata, saved)
         except AdapterError as error:

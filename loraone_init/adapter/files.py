@@ -24,7 +24,8 @@ FACTORS = ("lora_A", "lora_B")
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CARD = "README.md"
-DIRECTORY_FILES = (WEIGHTS, CARD, CONFIG)
+RECORD = "loraone.json"
+DIRECTORY_FILES = (WEIGHTS, CARD, CONFIG, RECORD)
 SUFFIX = ".safetensors"
 
 

@@ -86,7 +86,7 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         trained_on=cell(
             describe_labels(sample) if "labels" in sample else f"{sample.get('num_label_tokens', '?')} label tokens"
         ),
-        opening=opening_lines(name or "MODEL", peft_config.get("task_type"), sample),
+        opening=opening_lines(_place(name), peft_config["task_type"], sample),
         searched=_search_row(loss["curve"]) if loss["curve"] else "",
         loss_rows=(
             f"{loss['rows']} rows held out of the gradient"
@@ -100,6 +100,11 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
     )
 
 
+def _place(name: str | None) -> str:
+    """What a reader opens the base by; the name of a GGUF file with its hash opens nothing."""
+    return "MODEL" if name is None or ".gguf@sha256:" in name else name
+
+
 def _search_row(curve: Curve) -> str:
     """The mean losses by γ, of a γ that was searched for."""
     tried = ", ".join(f"{gamma:g}: {loss_text(loss)}" for gamma, loss in curve)
@@ -107,6 +112,8 @@ def _search_row(curve: Curve) -> str:
 
 
 def _training_rows(training: Mapping[str, Any]) -> str:
+    if "by" in training:
+        return f"| Training | by {cell(training['by'])} |\n"
     rows = [
         f"| Training | {training['steps']:g} steps, {cell(training['optimizer'])}, learning rate"
         f" {training['learning_rate']:g}, {cell(training['schedule'])} schedule |"

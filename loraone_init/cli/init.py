@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,12 @@ from .init_options import InitOptions
 from .support import CONTEXT, Command, OrAuto, message_options, row_options, source_options, start_logging, under
 
 if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
     from ..data.labels import LabelSource
     from ..models.opening import OpenModel
     from ..processes.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 _output = under("Output")
 _adapted = under("What is adapted")
@@ -128,6 +132,7 @@ _memory = under("Memory and speed")
     type=click.IntRange(min=1),
     help="Their tokens, at most.  [default: 512 on a CPU, 8192 on a GPU]",
 )
+@_output("--base-name", help="What the adapter calls its base, such as a hub id.  [default: MODEL's path or id]")
 @source_options
 @message_options
 @click.version_option(__version__, prog_name="loraone-init")
@@ -205,7 +210,8 @@ def _run(processes: Processes, options: InitOptions) -> None:
             return
         with monitor.timed("save"):
             adapter.save(output, overwrite=options.overwrite)
-    summary = summarize(adapter, output, monitor, peaks)
+    summary = summarize(adapter, output, monitor, peaks, opened.opened_from)
+    _tell_paths(adapter)
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)
     warn_if_worse(adapter.loss, adapter.gamma)
@@ -238,4 +244,16 @@ def _open(processes: Processes, options: InitOptions, max_bytes: int | None, lab
         task=options.task,
         labels=labels,
         seed=options.seed,
+        base_name=options.base_name,
     )
+
+
+def _tell_paths(adapter: Adapter) -> None:
+    """Paths of this machine would be published with the adapter."""
+    base, data = adapter.base.get("name"), adapter.sample.get("source")
+    if base is not None and os.path.isabs(base):
+        logger.info("The adapter names its base by a path on this machine, %s; --base-name gives another", base)
+    if data is not None and os.path.isabs(data):
+        logger.info(
+            "The adapter names its data by a path on this machine, %s; a relative one is recorded as given", data
+        )

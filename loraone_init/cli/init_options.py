@@ -55,6 +55,7 @@ class InitOptions:
     trust_remote_code: bool
     dry_run: bool
     overwrite: bool
+    base_name: str | None
     as_json: bool
     quiet: bool
     verbose: bool

@@ -23,8 +23,13 @@ from ..terminal import print_facts
 from .trainer_lines import lines_for_trainers
 
 
-def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Sequence[Peaks]) -> dict[str, Any]:
-    """The run's figures: what --json prints, and the table shows. processes: the peaks of each."""
+def summarize(
+    adapter: Adapter, output: Path, monitor: Monitor, processes: Sequence[Peaks], opened_from: str | None = None
+) -> dict[str, Any]:
+    """The run's figures: what --json prints, and the table shows.
+
+    processes: the peaks of each. opened_from: see `lines_for_trainers`.
+    """
     resident, device = zip(*processes, strict=True)
     layers = adapter.layers.values()
     captured = [layer.captured_energy for layer in layers]
@@ -53,7 +58,7 @@ def summarize(adapter: Adapter, output: Path, monitor: Monitor, processes: Seque
         "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
         "processes": len(processes),
         "peak_memory_bytes": max((peak for peak in resident if peak is not None), default=None),
-        "trainers": lines_for_trainers(adapter, output),
+        "trainers": lines_for_trainers(adapter, output, opened_from),
         "peak_device_memory_bytes": max((peak for peak in device if peak is not None), default=None),
     }
 

@@ -14,13 +14,14 @@ from ..adapter.wording import quoted, yaml_value
 _DIRECTORY = "lora-dir"
 
 
-def lines_for_trainers(adapter: Adapter, output: Path) -> dict[str, str]:
+def lines_for_trainers(adapter: Adapter, output: Path, opened_from: str | None = None) -> dict[str, str]:
     """Ready to paste, by trainer. All read a PEFT directory: for a single file, the first says how to make one of it.
 
     Axolotl's lora_model_dir, LLaMA-Factory's adapter_name_or_path and ms-swift's --adapters go on from an adapter.
+    opened_from: the base on this machine, where the adapter calls it by a name that does not open.
     Those three train language models: other adapters get PEFT's lines only.
     """
-    model, single = adapter.base.get("name") or "MODEL", is_single_file(output)
+    model, single = opened_from or adapter.base.get("name") or "MODEL", is_single_file(output)
     directory = _DIRECTORY if single else str(output)
     lines = {
         "PEFT, TRL": (

@@ -39,7 +39,7 @@ Given = Sample | str | Rows | list[Any]
 
 _INIT = tuple(field.name for field in fields(InitConfig))
 _DATA = tuple(field.name for field in fields(DataOptions) if field.name not in ("held_out", "seed", "task"))
-_OPENING = ("device", "dtype", "placement", "trust_remote_code", "revision", "labels")
+_OPENING = ("device", "dtype", "placement", "trust_remote_code", "revision", "labels", "base_name")
 _FETCHING = ("trust_remote_code", "revision", "token")
 _SHARED = ("task", "token")
 _OWN = ("model", "data", "config", "held_out", "loss", "max_memory", "monitor", "growth", "processes")

@@ -88,7 +88,8 @@ def _head(adapter: Adapter) -> list[tuple[str, str]]:
     if adapter.training is not None:
         first, last = adapter.training["first_loss"], adapter.training["last_loss"]
         told = f", loss {first:.4f} → {last:.4f}" if first is not None else ""
-        lines["trained"] = f"{count(adapter.training['steps'], 'step')}{told}"
+        by = adapter.training.get("by")
+        lines["trained"] = f"by {by}" if by else f"{count(adapter.training['steps'], 'step')}{told}"
     return [*lines.items()]
 
 

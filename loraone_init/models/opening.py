@@ -43,6 +43,7 @@ class OpenModel:
     blocks:      names of the modules that are run one after the other; () for a module that has none.
     store:       what holds the blocks' weights between their uses.
     name:        what the adapter names as its base; for a module from Python its `name_or_path`, None without one.
+    opened_from: what transformers' `from_pretrained` opens on this machine: a hub id or a directory.
     fingerprint: of the checkpoint (see `Checkpoint.fingerprint`); None for a module from Python, or without weights.
     block_path:  name of the module list that is streamed; None where it was found by itself.
     labels:      what the outputs of a classifier stand for.
@@ -65,6 +66,7 @@ class OpenModel:
     saved: tuple[str, ...] = ()
     placement: Place = "device"
     checkpoint: Checkpoint | None = None
+    opened_from: str | None = None
 
     def __repr__(self) -> str:
         name = self.name or type(self.module).__name__
@@ -86,6 +88,7 @@ def open_model(
     task: Task = "causal-lm",
     labels: LabelSource = None,
     seed: int = 0,
+    base_name: str | None = None,
 ) -> OpenModel:
     """Open a model for `task`: a directory, a hub id, a .gguf file or "demo".
 
@@ -99,6 +102,7 @@ def open_model(
     weights: False for names and shapes only; such a model cannot be run.
     labels: of a classification, or what finds them; they count where the checkpoint has no head and names none.
     seed:   of a head that the checkpoint lacks.
+    base_name: what the adapter is to name as its base, such as a hub id, in place of a path on this machine.
 
     Raises ModelError, in one line, for whatever cannot be opened.
     """
@@ -128,7 +132,8 @@ def open_model(
         blocks=blocks,
         store=store,
         device=place,
-        name=source.name,
+        name=base_name or source.name,
+        opened_from=source.opened_from,
         revision=source.revision,
         fingerprint=checkpoint.fingerprint() if weights else None,
         checkpoint=checkpoint,

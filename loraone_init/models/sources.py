@@ -36,11 +36,15 @@ _EXPECTED = 'give a directory with config.json, tokenizer and safetensors, a hub
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model directory, and the name under which the adapter refers to its base."""
+    """A model directory, and the name under which the adapter refers to its base.
+
+    opened_from: what transformers' `from_pretrained` opens on this machine: the hub id, or the directory.
+    """
 
     directory: Path
     name: str
     revision: str | None = None
+    opened_from: str | None = None
 
 
 def resolve_model(
@@ -48,15 +52,23 @@ def resolve_model(
 ) -> LocalModel:
     """A directory with config.json, safetensors and tokenizer for a directory, hub id, .gguf file or "demo".
 
-    GGUF files are converted once, into the cache. Hub files come from the hub's own cache; `HF_TOKEN`,
-    `HF_HUB_OFFLINE` and `HF_HOME` are respected. Raises ModelError where there is no such thing.
+    GGUF files are converted once, into the cache; their name is their own, with the start of their SHA-256: the cache's
+    path would mean nothing elsewhere, and tell who made the adapter. Hub files come from the hub's own cache;
+    `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME` are respected. Raises ModelError where there is no such thing.
     """
     directory = _local_directory(model)
     if directory is None:
-        return LocalModel(_download(model, revision, token, trust_remote_code), model, revision)
+        return LocalModel(_download(model, revision, token, trust_remote_code), model, revision, model)
     if revision is not None:
         raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave `revision` out")
-    return LocalModel(directory, str(directory.resolve()))
+    path = str(directory.resolve())
+    return LocalModel(directory, _gguf_name(model) or path, opened_from=path)
+
+
+def _gguf_name(model: str) -> str | None:
+    """FILE.gguf@sha256:0123456789ab; None for what is no GGUF file."""
+    file = _demo_file() if model == DEMO else Path(os.path.expanduser(model))
+    return f"{file.name}@sha256:{_content_key(file)}" if file.suffix.lower() == ".gguf" else None
 
 
 def _local_directory(model: str) -> Path | None:

@@ -203,6 +203,7 @@ def test_directory_has_a_model_card_with_the_citation(case, tmp_path):
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "loraone.json",
     ]
     card = (tmp_path / "peft" / "README.md").read_text()
     assert f"base_model: {directory}" in card

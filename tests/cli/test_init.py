@@ -205,7 +205,12 @@ def test_both_forms_hold_the_same_adapter(command: Command, tiny_model: Path, ti
         assert torch.equal(pair.B, peft.pairs[name].B)
     assert os.listdir(file.parent) == ["a.safetensors"]
     assert os.listdir(directory.parent) == ["peft"]
-    assert sorted(os.listdir(directory)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(directory)) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loraone.json",
+    ]
     assert json.loads((directory / "adapter_config.json").read_text())["r"] == 8
 
 
@@ -268,7 +273,7 @@ def test_overwrite_keeps_other_files_of_a_directory(
     assert command(tiny_model, tiny_data, "-o", directory, "--overwrite").exit_code == 0
     assert len(Adapter.load(directory).pairs) == 21
     assert (directory / "checkpoint" / "state").read_text() == "kept"
-    assert len(os.listdir(directory)) == 4
+    assert len(os.listdir(directory)) == 5
 
 
 # A step that is too long.
