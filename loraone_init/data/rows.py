@@ -20,6 +20,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, describe
 from ..json_files import JsonError, json_type, parse_json
+from ..paths import check_path
 
 Row = dict[str, Any]
 
@@ -61,6 +62,7 @@ def read_rows(source: str, *, split: str | None = None, revision: str | None = N
 
     Raises DataError where there is nothing to read or it cannot be read, ConfigError for the split of a file.
     """
+    check_path(source, DataError)
     path = Path(os.path.expanduser(source))
     if os.path.exists(path) or _looks_like_path(source):
         if split is not None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import ConfigError, ModelError, describe
+from ..paths import check_path
 from .foreign import told_as_model_error
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,15 @@ def resolve_model(
     GGUF files are converted once, into the cache. Hub files come from the hub's own cache; `HF_TOKEN`,
     `HF_HUB_OFFLINE` and `HF_HOME` are respected. Raises ModelError where there is no such thing.
     """
+    check_path(model, ModelError)
     directory = _local_directory(model)
     if directory is None:
         return LocalModel(_download(model, revision, token, trust_remote_code), model, revision)
     if revision is not None:
         raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave --revision out")
-    return LocalModel(directory, str(directory.resolve()))
+    name = str(directory.resolve())
+    check_path(name, ModelError)
+    return LocalModel(directory, name)
 
 
 def _local_directory(model: str) -> Path | None:
