@@ -384,6 +384,8 @@ def test_nothing_to_train_on(refused: Refused) -> None:
         (["--split", "train"], "split 'train' is for hub data sets, but"),
         (["--assistant-only"], "assistant-only needs conversational data, but the format is prompt-completion"),
         (["--block-path", "blocks"], "block path 'blocks' names no module list; there are: model.layers (3)"),
+        (["--block-path", ""], "block path '' names no module list; there are: model.layers (3)"),
+        (["--block-path", "model"], "block path 'model' names no module list: layers in it is a list itself; there"),
         (
             ["--device", "tpu9"],
             "device 'tpu9' cannot be used here: Invalid device string: 'tpu9'; use auto, cpu, cuda or",
