@@ -148,7 +148,9 @@ def select_device(device: str) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ConfigError(f"device {device!r} cannot be used here: {reason}; use auto, cpu, cuda or cuda:1") from error
+        raise ConfigError(
+            f"device {shown(device)} cannot be used here: {reason}; use auto, cpu, cuda or cuda:1"
+        ) from error
     if place.type == "meta":
         raise ConfigError("device 'meta' holds no numbers; use auto, cpu or cuda")
     return place

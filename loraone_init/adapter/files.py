@@ -14,6 +14,7 @@ from ..atomic import check_replaceable, is_leftover
 from ..errors import AdapterError, NumericalError, OutputError, describe
 from ..json_files import shown
 from ..linalg.factors import LoraPair
+from ..paths import check_path
 from ..safetensors_files import sort_metadata
 
 PREFIX = "base_model.model."
@@ -38,6 +39,7 @@ _OTHER_FORMATS = {".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".json", ".z
 
 def check_output(path: Path, overwrite: bool, suffix: str = SUFFIX) -> None:
     """Raise OutputError if `path` cannot be written, before any work is done. One that ends in `suffix` is a file."""
+    check_path(path, OutputError)
     try:
         _check_existing(path, overwrite, suffix)
         _check_writable(path, suffix)
@@ -73,6 +75,7 @@ def _check_writable(path: Path, suffix: str) -> None:
 
 def weights_file(path: Path) -> Path:
     """The safetensors file of an adapter that is one file or a directory. Raises AdapterError where there is none."""
+    check_path(path, AdapterError)
     try:
         file = path / WEIGHTS if path.is_dir() else path
         if file.is_file():

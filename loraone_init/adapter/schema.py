@@ -54,6 +54,17 @@ class TrainingRecord(TypedDict):
     last_eval_loss: float | None
 
 
+class ForeignTrainingRecord(TypedDict):
+    """What is known of a training by another program: that there was one."""
+
+    by: str
+    steps: None
+    first_loss: None
+    last_loss: None
+    first_eval_loss: None
+    last_eval_loss: None
+
+
 @dataclass(frozen=True)
 class Record:
     """ "loraone" in the header. For the fields see `Adapter`."""
@@ -65,7 +76,7 @@ class Record:
     preconditioner: Preconditioner
     layers: Mapping[str, LayerReport]
     experts: Mapping[str, ExpertStack]
-    training: TrainingRecord | None
+    training: TrainingRecord | ForeignTrainingRecord | None
     growth: GrowthReport | None = None
     method: str = ""
     created_by: str = ""
@@ -213,6 +224,11 @@ def _as_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     """As the first of the types that it is one of; where it is none, said of the one that looks like it."""
     if value is None and type(None) in kinds:
         return None
+    if isinstance(value, dict):  # of several kinds of objects, the one whose fields are there
+        named = [kind for kind in kinds if is_typeddict(kind)]
+        fitting = [kind for kind in named if kind.__required_keys__ <= value.keys()]
+        if named:
+            return checked((fitting or named)[0], value, where)
     compound = [kind for kind in kinds if kind not in _NAMES and get_origin(kind) is not Literal]
     for kind in kinds:
         if kind in compound and isinstance(value, list if get_origin(kind) is tuple else dict):

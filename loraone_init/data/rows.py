@@ -23,6 +23,7 @@ from typing import Any, Union
 from ..errors import ConfigError, DataError, describe
 from ..extras import require
 from ..json_files import JsonError, json_type, parse_json
+from ..paths import check_path
 
 Row = dict[str, Any]
 
@@ -79,6 +80,7 @@ def read_rows(
         rows = _rows_from_python(source, split)
     else:
         source = os.fspath(source)
+        check_path(source, DataError)
         require_packages(source)
         path = Path(os.path.expanduser(source))
         if _is_file(source):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import ModelError
+from ..json_files import shown
 from ..transformers_private import is_checkpointing_layer, unsplit_classes
 
 
@@ -41,13 +42,17 @@ def describe_module_lists(model: nn.Module) -> str:
 
 def _children_of(model: nn.Module, path: str) -> list[str]:
     try:
-        parent = model.get_submodule(path)
+        parent = model.get_submodule(path) if path else None
     except AttributeError:
         parent = None
-    children = [f"{path}.{name}" for name, _ in parent.named_children()] if parent is not None else []
-    if not children:
-        raise ModelError(f"block path {path!r} names no module list; there are: {describe_module_lists(model)}")
-    return children
+    children = dict(parent.named_children()) if parent is not None else {}
+    uncalled = [name for name, child in children.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict))]
+    if not children or uncalled:
+        why = f": {uncalled[0]} in it is a list itself" if uncalled else ""
+        raise ModelError(
+            f"block path {shown(path)} names no module list{why}; there are: {describe_module_lists(model)}"
+        )
+    return [f"{path}.{name}" for name in children]
 
 
 def _outermost(names: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from ..atomic import workplace
 from ..cache import cache_directory, remembered
 from ..errors import ConfigError, ModelError, describe
 from ..extras import how_to_install, require
+from ..paths import check_path
 from .foreign import told_as_model_error
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,14 @@ def resolve_model(
     path would mean nothing elsewhere, and tell who made the adapter. Hub files come from the hub's own cache;
     `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME` are respected. Raises ModelError where there is no such thing.
     """
+    check_path(model, ModelError)
     directory = _local_directory(model)
     if directory is None:
         return LocalModel(_download(model, revision, token, trust_remote_code), model, revision, model)
     if revision is not None:
         raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave `revision` out")
     path = str(directory.resolve())
+    check_path(path, ModelError)
     return LocalModel(directory, _gguf_name(model) or path, opened_from=path)
 
 

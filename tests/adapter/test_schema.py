@@ -88,6 +88,14 @@ def test_factors_that_the_record_does_not_know(adapter: Adapter) -> None:
         parse_metadata(tensors, adapter.metadata())
 
 
+def test_training_by_another_program(adapter: Adapter) -> None:
+    losses = dict.fromkeys(("first_loss", "last_loss", "first_eval_loss", "last_eval_loss"))
+    training = {"by": "another trainer", "steps": None, **losses}
+    assert read_record(json.dumps(adapter.record() | {"training": training})).training == training
+    with pytest.raises(AdapterError, match=r"loraone\.training\.by is 3, expected a string"):
+        read_record(json.dumps(adapter.record() | {"training": training | {"by": 3}}))
+
+
 def test_peft_configurations_of_other_tools_may_have_more() -> None:
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "megatron_config": None, "runtime_config": {"x": [1]}}
     assert read_peft_config(json.dumps(config), "r") == config

@@ -86,7 +86,7 @@ def test_model(name: str, arguments: list[str], tiny_model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-@pytest.mark.parametrize("value", ["x", "1.5", "9" * 5000])
+@pytest.mark.parametrize("value", ["", "x", "1.5", "9" * 5000])
 def test_broken_variable_of_torchrun(
     variable: str, value: str, arguments: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

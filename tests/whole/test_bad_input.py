@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,6 +163,18 @@ def test_model_that_is_not_there(
 def test_model_is_a_file(refused: Refused, tiny_model: Path) -> None:
     file = tiny_model / "model.safetensors"
     assert f"{file} is a file; give a directory with" in refused(model=file)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems have no such names")
+@pytest.mark.parametrize("what", ["model", "data", "output"])
+def test_path_that_is_not_utf8(what: str, refused: Refused, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "caf\udce9.jsonl"
+    if what == "model":
+        shutil.copytree(tiny_model, odd)
+    elif what == "data":
+        shutil.copy(tiny_data, odd)
+    message = refused(**{what: odd})
+    assert message.endswith(r"caf\udce9.jsonl' is not UTF-8, so that libraries cannot open it; rename it")
 
 
 def test_revision_of_a_directory(refused: Refused) -> None:
@@ -371,6 +384,8 @@ def test_nothing_to_train_on(refused: Refused) -> None:
         (["--split", "train"], "split 'train' is for hub data sets, but"),
         (["--assistant-only"], "assistant-only needs conversational data, but the format is prompt-completion"),
         (["--block-path", "blocks"], "block path 'blocks' names no module list; there are: model.layers (3)"),
+        (["--block-path", ""], "block path '' names no module list; there are: model.layers (3)"),
+        (["--block-path", "model"], "block path 'model' names no module list: layers in it is a list itself; there"),
         (
             ["--device", "tpu9"],
             "device 'tpu9' cannot be used here: Invalid device string: 'tpu9'; use auto, cpu, cuda or",
