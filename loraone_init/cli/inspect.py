@@ -52,10 +52,17 @@ def main(
             check_apart(html, (adapter, compare))
             _check_page(html, overwrite)
         from ..adapter.adapter import Adapter
+        from ..errors import NoRecordError
         from ..inspection.comparison import compare_adapters
         from ..inspection.facts import find_anomalies, layer_facts
 
-        shown = Adapter.load(adapter)
+        try:
+            shown = Adapter.load(adapter)
+        except NoRecordError:
+            if html is not None or compare is not None:
+                raise
+            _show_plain(adapter, as_json)
+            return
         facts = layer_facts(shown)
         anomalies = find_anomalies(facts)
         comparison = compare_adapters(shown, Adapter.load(compare)) if compare else None
@@ -72,6 +79,19 @@ def main(
             print_comparison(comparison, str(compare), every_layer)
         if html is not None:
             click.echo(f"written: {html}")
+
+
+def _show_plain(path: Path, as_json: bool) -> None:
+    """An adapter of another tool: its factors tell of the change, nothing of where it started."""
+    from ..inspection.plain import plain_facts, print_plain, read_plain
+
+    config, pairs = read_plain(path)
+    facts = plain_facts(config, pairs)
+    if as_json:
+        found = {"adapter": str(path), "base": config.get("base_model_name_or_path"), "record": None, "layers": facts}
+        click.echo(json.dumps(_finite(found), indent=2, allow_nan=False))
+    else:
+        print_plain(config, facts)
 
 
 def _check_page(path: Path, overwrite: bool) -> None:
