@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from loraone_init.adapter.peft_config import scale_of
 from loraone_init.errors import ExportError
 from loraone_init.linalg.factors import LoraPair
 
-from .lora_weights import ExpertWeights, LoraWeights, scale_of
+from .lora_weights import ExpertWeights, LoraWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from loraone_init.adapter.adapter import FORMAT_VERSION
 from loraone_init.adapter.files import CONFIG, FACTORS, PREFIX, WEIGHTS, read_tensors, split_name, weights_file
+from loraone_init.adapter.peft_config import name_in_peft, scale_of
 from loraone_init.adapter.record_file import find_record
 from loraone_init.adapter.schema import read_peft_config, read_record, record_as_json
 from loraone_init.errors import AdapterError, ConfigError
@@ -206,16 +206,3 @@ def _sort_tensors(
         raise AdapterError("it holds no LoRA factors")
     pairs = {module: LoraPair(*(factors[name] for name in FACTORS)) for module, factors in sides.items()}
     return pairs, replacements, frozen
-
-
-def name_in_peft(module: str, config: Mapping[str, Any]) -> str:
-    """What PEFT's patterns are matched with: the name of its weight for a module that is among `target_parameters`."""
-    weight = f"{module}.weight"
-    targets = config.get("target_parameters") or ()
-    return weight if any(weight == name or weight.endswith(f".{name}") for name in targets) else module
-
-
-def scale_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """α/√r (rsLoRA) or α/r, with the layer's own α where `alpha_pattern` has one."""
-    alpha = float(find_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

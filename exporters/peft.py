@@ -12,6 +12,7 @@ from typing import Any
 
 from loraone_init.adapter.files import CARD, CONFIG, WEIGHTS, is_single_file, read_tensors
 from loraone_init.adapter.model_card import model_card
+from loraone_init.adapter.peft_config import name_in_peft, scale_of
 from loraone_init.adapter.record_file import write_record
 from loraone_init.adapter.schema import read_peft_config
 from loraone_init.atomic import atomic_directory, atomic_file
@@ -19,7 +20,7 @@ from loraone_init.errors import ExportError
 from loraone_init.layers.patterns import patterns
 from loraone_init.safetensors_files import read_header, write_header
 
-from .lora_weights import LoraWeights, name_in_peft, scale_of
+from .lora_weights import LoraWeights
 
 
 def export_peft(lora: LoraWeights, output: Path, *, plain_scaling: bool = False) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class AdapterError(LoraOneError):
     """An adapter file cannot be read, or is not one of ours."""
 
 
+class NoRecordError(AdapterError):
+    """An adapter file has no record of an initialisation: another tool's."""
+
+
 class ExportError(LoraOneError):
     """An adapter cannot be brought into the form asked for."""
 

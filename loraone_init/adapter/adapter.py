@@ -12,7 +12,7 @@ import torch
 
 from ..atomic import atomic_directory, atomic_file
 from ..config import AUTO, InitConfig
-from ..errors import AdapterError, ConfigError, describe
+from ..errors import AdapterError, ConfigError, NoRecordError, describe
 from ..layers.expert_layout import ExpertStack, split_experts, stack_experts
 from ..linalg.factors import LoraPair
 from ..version import __version__
@@ -135,7 +135,7 @@ class Adapter:
             saved = take_saved(tensors, modules_to_save(metadata))
             return parse_metadata(pair_up(tensors), metadata, saved)
         except AdapterError as error:
-            raise AdapterError(f"{file}: {error}") from error
+            raise type(error)(f"{file}: {error}") from error
 
     def peft_config(self) -> dict[str, Any]:
         """The content of PEFT's adapter_config.json."""
@@ -197,7 +197,7 @@ def parse_metadata(
     """
     version = metadata.get("format_version")
     if version is None or "loraone" not in metadata:
-        raise AdapterError("it has no loraone metadata: not written by loraone-init")
+        raise NoRecordError("it has no loraone metadata: not written by loraone-init")
     if version != FORMAT_VERSION:
         raise AdapterError(f"it has format version {str(version)[:20]}, this release reads {FORMAT_VERSION}")
     record = read_record(metadata["loraone"])

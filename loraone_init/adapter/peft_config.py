@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import InitConfig
 from ..layers.expert_layout import ExpertStack, expert_name, expert_names
-from ..layers.patterns import patterns
+from ..layers.patterns import find_value, patterns
 
 
 def peft_config(
@@ -68,3 +68,16 @@ def _patterns(config: InitConfig, ranks: Mapping[str, int]) -> dict[str, dict[st
     alphas = {name: config.scale * (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
     alphas = {name: config.alpha if ranks[name] == config.rank else alpha for name, alpha in alphas.items()}
     return {"rank_pattern": patterns(ranks, config.rank), "alpha_pattern": patterns(alphas, config.alpha)}
+
+
+def name_in_peft(module: str, config: Mapping[str, Any]) -> str:
+    """What PEFT's patterns are matched with: the name of its weight for a module that is among `target_parameters`."""
+    weight = f"{module}.weight"
+    targets = config.get("target_parameters") or ()
+    return weight if any(weight == name or weight.endswith(f".{name}") for name in targets) else module
+
+
+def scale_of(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """α/√r (rsLoRA) or α/r, with the layer's own α where `alpha_pattern` has one."""
+    alpha = float(find_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -64,11 +64,18 @@ def _run(options: InspectOptions) -> None:
         check_apart(options.html, (options.adapter, options.compare))
         _check_page(options.html, options.overwrite)
     from ..adapter.adapter import Adapter
+    from ..errors import NoRecordError
     from ..inspection.comparison import compare_adapters
     from ..inspection.facts import find_anomalies, layer_facts
     from ..inspection.tables import print_adapter, print_comparison
 
-    shown = Adapter.load(options.adapter)
+    try:
+        shown = Adapter.load(options.adapter)
+    except NoRecordError:
+        if options.html is not None or options.compare is not None:
+            raise
+        _show_plain(options.adapter, options.as_json)
+        return
     facts = layer_facts(shown)
     anomalies = find_anomalies(facts)
     other = options.compare
@@ -84,6 +91,19 @@ def _run(options: InspectOptions) -> None:
         print_comparison(comparison, str(other), options.every_layer)
     if options.html is not None:
         click.echo(f"written: {options.html}")
+
+
+def _show_plain(path: Path, as_json: bool) -> None:
+    """An adapter of another tool: its factors tell of the change, nothing of where it started."""
+    from ..inspection.plain import plain_facts, print_plain, read_plain
+
+    config, pairs = read_plain(path)
+    facts = plain_facts(config, pairs)
+    if as_json:
+        found = {"adapter": str(path), "base": config.get("base_model_name_or_path"), "record": None, "layers": facts}
+        click.echo(json.dumps(_finite(found), indent=2, allow_nan=False))
+    else:
+        print_plain(config, facts)
 
 
 def _check_page(path: Path, overwrite: bool) -> None:
