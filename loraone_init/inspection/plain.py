@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from ..adapter.files import CONFIG, WEIGHTS, pair_up, read_tensors
 from ..adapter.peft_config import name_in_peft, scale_of
+from ..adapter.schema import read_peft_config
 from ..adapter.wording import describe_ranks
 from ..errors import AdapterError, printable
 from ..linalg.factors import LoraPair
@@ -32,7 +32,7 @@ def read_plain(path: Path) -> tuple[dict[str, Any], dict[str, LoraPair]]:
         raise AdapterError(f"{path} has no record of loraone-init; give the whole directory that PEFT wrote")
     _, tensors = read_tensors(path / WEIGHTS)
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        config = read_peft_config((path / CONFIG).read_bytes(), "peft_type", "r", "lora_alpha", where=CONFIG)
         if config["peft_type"] != "LORA":
             raise AdapterError(f"{path} is no LoRA adapter but {config['peft_type']}")
         pairs = pair_up({name: tensor for name, tensor in tensors.items() if ".lora_" in name})
