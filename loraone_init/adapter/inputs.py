@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,11 +16,15 @@ def check_apart(output: Path, inputs: Iterable[str | Path | None]) -> None:
 
     inputs: as given on the command line; those that are no paths here, such as hub ids, are passed over.
     """
-    place = output.resolve()
+    try:
+        place = output.resolve()
+        place.is_file()
+    except OSError:  # such as a name that is too long: `check_output` says so
+        return
     for given in inputs:
-        path = None if given is None else Path(given).expanduser().resolve()
-        if path is None or not path.exists():
+        if given is None or not os.path.exists(expanded := os.path.expanduser(given)):  # of any length, unlike Path's
             continue
+        path = Path(expanded).resolve()
         own = {path, path / WEIGHTS} | ({path.parent} if path.name == WEIGHTS else set())
         if place in own or _same_file(place, path) or (path in place.parents and _is_foreign(place)):
             raise OutputError(f"{output} is an input, or a part of one ({given}), and is not replaced; name another")

@@ -65,7 +65,7 @@ def draw_rows(rows: Rows, encoder: RowEncoder, samples: int, held_out: int, seed
             draw.beyond.append(row)
         if len(draw.used) == samples and len(draw.beyond) == held_out:
             break
-    if numbers:
+    if numbers and draw.used:
         logger.info("Dropped, since no token of them is trained on: %s", describe_numbers(numbers))
     if copies := len(draw.used) - len(contents):
         logger.info("Of the rows drawn, %d are copies of others", copies)

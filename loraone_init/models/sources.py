@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..atomic import workplace
+from ..atomic import remove_leftovers, workplace
 from ..cache import cache_directory, remembered
 from ..errors import ConfigError, ModelError, describe
 from ..extras import how_to_install, require
@@ -97,6 +97,7 @@ def convert_gguf(file: Path) -> Path:
     if not os.path.isfile(file):
         raise ModelError(f"there is no file {file}; {_EXPECTED}")
     target = cache_directory() / f"{file.stem}-{_content_key(file)}"
+    remove_leftovers(target.parent)  # of conversions that were killed: hundreds of MiB each
     if (target / "config.json").is_file():
         return target
     require("gguf", "gguf", "accelerate", by=f"reading {file.name}")

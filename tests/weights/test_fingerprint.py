@@ -140,6 +140,21 @@ def test_weights_that_are_overwritten_during_an_export(
     assert not (tmp_path / "merged").exists()
 
 
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+    """By the next command that takes a GGUF file, also where that needs no conversion any more."""
+    from loraone_init.models.sources import _content_key, convert_gguf
+
+    (tmp_path / "a.gguf").write_bytes(b"x")
+    directory = tmp_path / "cache" / "loraone-init"
+    target, left = directory / f"a-{_content_key(tmp_path / 'a.gguf')}", directory / ".a-0.0123abcd.loraone-partial"
+    target.mkdir(parents=True)
+    (target / "config.json").write_text("{}")
+    left.mkdir()
+    os.utime(left, (1, 1))
+    assert convert_gguf(tmp_path / "a.gguf") == target
+    assert [path.name for path in directory.iterdir()] == [target.name]
+
+
 def test_the_cache_of_gguf_files_goes_by_all_of_a_file(tmp_path: Path) -> None:
     """The middle of a file of 3 MiB too."""
     from loraone_init.models.sources import _content_key
