@@ -86,7 +86,7 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         trained_on=cell(
             describe_labels(sample) if "labels" in sample else f"{sample.get('num_label_tokens', '?')} label tokens"
         ),
-        opening=opening_lines(_place(name), peft_config["task_type"], sample),
+        opening=opening_lines(_place(name), peft_config.get("task_type"), sample),
         searched=_search_row(loss["curve"]) if loss["curve"] else "",
         loss_rows=(
             f"{loss['rows']} rows held out of the gradient"

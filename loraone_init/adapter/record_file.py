@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import AdapterError
+from ..json_files import read_json
 from .files import CONFIG, PREFIX, RECORD
 
 _SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -39,13 +40,13 @@ def find_record(directory: Path, tensors: Mapping[str, torch.Tensor]) -> dict[st
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         record, before = dict(content["loraone"]), content["peft_config"]
-        now = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        now = read_json(directory / CONFIG)
         changed = [name for name in _SCALE if (before.get(name) or None) != (now.get(name) or None)]
         recorded = content["tensors"]
         version = str(content["format_version"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # of these JsonError
         raise AdapterError(
             f"{file} cannot be understood ({error!r}); without it this is another tool's adapter"
         ) from error

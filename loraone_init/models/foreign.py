@@ -33,7 +33,7 @@ def told_as_model_error(what: str, remedy: str = "") -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        hint = "; --trust-remote-code runs it" if "trust_remote_code" in str(error) else ""
+        hint = "; `trust_remote_code=True` runs it" if "trust_remote_code" in str(error) else ""
         reason = describe(error).partition(" Model type should be one of ")[0][:_MAX_REASON]  # all there are follow
         raise ModelError(f"{what}: {reason}{hint}{remedy}") from error
 
