@@ -58,7 +58,7 @@ def check_uncalled(
         raise ModelError(
             f"layer {names[0]}{f' and {len(names) - 1} others are' if names[1:] else ' is'} never called, but the model"
             " reads the weight, as nn.MultiheadAttention does: an adapter would have no effect there; leave it out with"
-            f" --exclude-modules {endings}"
+            f' `exclude_modules="{endings}"`'
         )
 
 

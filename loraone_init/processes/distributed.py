@@ -207,7 +207,7 @@ def _check_one_kind(devices: list[str]) -> None:
     first = {device.partition(":")[0]: rank for rank, device in reversed(list(enumerate(devices)))}
     if len(first) > 1:
         found = ", ".join(f"rank {rank} is on {kind}" for kind, rank in sorted(first.items(), key=lambda pair: pair[1]))
-        raise ConfigError(f"the processes have devices of different kinds: {found}; use --device cpu for all")
+        raise ConfigError(f'the processes have devices of different kinds: {found}; use `device="cpu"` for all')
 
 
 @contextmanager

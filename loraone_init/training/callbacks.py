@@ -80,7 +80,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 raise NumericalError(
-                    f"{name} is not finite after step {self.state.global_step}; use a lower --learning-rate, or fp32."
+                    f"{name} is not finite after step {self.state.global_step}; use a lower `learning_rate`, or fp32."
                     " The checkpoint before it stays"
                 )
         if self.is_world_process_zero():

@@ -103,7 +103,7 @@ def check_state(checkpoint: Path) -> None:
         TrainerState(**read_json(state, finite=False))
     except (JsonError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{state} is damaged: {describe(error)}; remove {checkpoint}, and --resume goes on from the one before"
+            f"{state} is damaged: {describe(error)}; remove {checkpoint}, and `resume=True` goes on from the one before"
         ) from error
 
 

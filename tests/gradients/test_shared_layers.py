@@ -128,7 +128,7 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused(block_path):
     model, batches = Chain([Attention(), Attention()]), [torch.randn(2, 3, 6) for _ in range(2)]
     with pytest.raises(
         ModelError,
-        match=r"layer blocks\.0\.attention\.out_proj and 1 others are never called.*--exclude-modules out_proj",
+        match=r'layer blocks\.0\.attention\.out_proj and 1 others are never called.*`exclude_modules="out_proj"`',
     ):
         initialize(model, batches, InitConfig(rank=2, block_path=block_path), loss=squares)
     config = InitConfig(rank=2, block_path=block_path, exclude_modules=("out_proj",))

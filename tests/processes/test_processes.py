@@ -163,7 +163,7 @@ def test_devices_of_different_kinds_are_refused() -> None:
     """Ranks on GPUs would wait in NCCL for those that wait in gloo."""
     _check_one_kind(["cuda:0", "cuda:1"])
     _check_one_kind(["cpu", "cpu"])
-    with pytest.raises(ConfigError, match=r"kinds: rank 0 is on cuda, rank 2 is on cpu; use --device cpu for all"):
+    with pytest.raises(ConfigError, match=r'kinds: rank 0 is on cuda, rank 2 is on cpu; use `device="cpu"` for all'):
         _check_one_kind(["cuda:0", "cuda:1", "cpu", "cpu"])
 
 

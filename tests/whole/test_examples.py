@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,3 +67,18 @@ def test_quickstart_notebook_runs(environment, tmp_path, monkeypatch):
     assert "A (8, 576) B (576, 8)" in printed
     assert "step  2  loss " in printed
     assert Adapter.load(tmp_path / "quickstart" / "lora-dir").config.gamma == 256
+
+
+def test_quickstart_notebook_is_stored_with_outputs():
+    """Those of its own sizes, without messages of libraries or paths of whoever ran it."""
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    shown = "".join(output["text"] if "text" in output else output["data"]["text/html"] for output in outputs)
+    samples, steps = re.search(r"SAMPLES, MAX_LENGTH, STEPS = (\d+), \d+, (\d+)", code[1].source).groups()
+    assert f"{samples} of 256 rows" in shown
+    assert re.findall(r"step +(\d+)  loss \d", shown)[-1] == steps
+    assert set(re.findall(r"/[\w.-]+/[\w.-]+/", shown)) == {"/home/you/"}
