@@ -19,16 +19,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, NumericalError
 from .precision import full_precision
+from .ritz import MARGIN, MIN_GAP, RitzValues, Triplets
 
 Method = Literal["exact", "randomized"]
-
-MIN_GAP = 0.01
-"""Relative gap (σ_r - σ_{r+1})/σ_r below which the rank-r singular subspaces count as undefined."""
 
 _EPS32 = torch.finfo(torch.float32).eps
 _ZERO = 10.0  # singular values up to 10·ε·‖G‖_F are rounding, not signal
 _EXCESS = 1e-5  # how far ‖G - USVh‖_F may lie above the optimum, relatively
-_MARGIN = 4.0  # safety factor on residuals that stand in for unknown errors
 _ROUNDING = 10.0  # rounding moves G·v - σ·u and Gᵀ·u - σ·v by up to 10·ε·σ_1 out of the subspace; seen: 9, r to 256
 _MIN_BUDGET = 16  # iterations that must cost less than one exact SVD for iterating to be worth it
 _BLOCK_ELEMENTS = 2**16  # fp64 entries in flight when the final residual is computed: they stay in the cache
@@ -141,67 +138,7 @@ def svd_bytes(shape: tuple[int, int], rank: int, itemsize: int, oversample: int 
     return itemsize * m * n + work
 
 
-@dataclass(frozen=True)
-class RitzValues:
-    """What is known of r approximate singular triplets u_i, s_i, v_i of G with Gᵀ·u_i = s_i·v_i, on the host.
-
-    s, the Ritz values s_i <= σ_i, descending, and e, the residual norms ‖G·v_i - s_i·u_i‖, i = 1..r+1; rounding, that
-    of both. Where min(m, n) = r, they end in a 0.
-    """
-
-    s: list[float]
-    e: list[float]
-    rounding: float
-
-    @property
-    def r(self) -> int:
-        return len(self.e) - 1
-
-    @property
-    def gap(self) -> float:
-        """(s_r - s_{r+1})/s_r."""
-        return 1.0 - self.s[self.r] / self.s[self.r - 1] if self.s[self.r - 1] > 0.0 else 0.0
-
-    def sine(self, eps: float) -> float:
-        """Upper estimate of the sine between the spans of U, V, rounded to precision eps, and the true ones.
-
-        Wedin 1972, vector by vector: projected on the true singular vectors beyond r, the residuals show that at most
-        e_i/(s_i - σ_{r+1}) of u_i and v_i lies there; so rounding relative to σ_1 is not divided by the gap at σ_r.
-        σ_{r+1} is taken as s_{r+1} + e_{r+1}.
-        """
-        r, following = self.r, self.s[self.r] + self.e[self.r] + 2 * self.rounding
-        if self.s[r - 1] <= following:
-            return 1.0
-        outside = math.hypot(*((self.e[i] + self.rounding) / (self.s[i] - following) for i in range(r)))
-        return min(1.0, outside + _MARGIN * eps * math.sqrt(r))
-
-    def defined_sine(self, rank: int, eps: float) -> float | None:
-        """The sine, where G has the numerical rank r at least and a gap after it."""
-        return self.sine(eps) if rank == self.r and self.gap >= MIN_GAP else None
-
-    def first(self, r: int) -> RitzValues:
-        """The values of the first r triplets."""
-        return RitzValues(self.s[: r + 1], self.e[: r + 1], self.rounding)
-
-
-@dataclass(frozen=True)
-class _Triplets(RitzValues):
-    """The triplets themselves: U (m, r), Vh (r, n). s holds all q > r Ritz values."""
-
-    U: Tensor
-    Vh: Tensor
-
-    def excess(self) -> float:
-        """About Σ σ_i² - Σ s_i², i <= r: how far ‖G - USVh‖²_F lies above its minimum.
-
-        V captures ‖G·V‖² = Σ s_i² + Σ e_i², so Σ e_i² is what the next half step gains at least; each one after that
-        gains less by a factor (σ_{q+1}/σ_r)². s_q stands for σ_{q+1} here.
-        """
-        decay = (self.s[-1] / self.s[self.r - 1]) ** 2 if self.s[self.r - 1] > 0.0 else 0.0
-        return math.hypot(*self.e[: self.r]) ** 2 / max(1.0 - decay, 1e-3)
-
-
-def _iterate(G: Tensor, P: Tensor, r: int, norm: float, tolerance: float, budget: int) -> tuple[_Triplets | None, int]:
+def _iterate(G: Tensor, P: Tensor, r: int, norm: float, tolerance: float, budget: int) -> tuple[Triplets | None, int]:
     """Converged triplets, or None after `budget` iterations or where rounding prevents them; and the iterations done.
 
     Starts from P = G·Ω in G's dtype; where that dtype's rounding is in the way, goes on in fp64 from the same subspace.
@@ -215,12 +152,12 @@ def _iterate(G: Tensor, P: Tensor, r: int, norm: float, tolerance: float, budget
             if _converged(triplets, norm, eps, tolerance, previous):
                 return triplets, iterations
             previous = max(triplets.e[:r])
-            if previous <= _MARGIN * triplets.rounding:
+            if previous <= MARGIN * triplets.rounding:
                 break
     return None, iterations
 
 
-def _step(G: Tensor, P: Tensor, r: int) -> tuple[_Triplets, Tensor]:
+def _step(G: Tensor, P: Tensor, r: int) -> tuple[Triplets, Tensor]:
     """Rayleigh-Ritz triplets of QᵀG, Q (m, q) an orthonormal basis of P's columns; and the next P = G·Z.
 
     QᵀG = RᵀZᵀ, so its SVD leaves GᵀU - V·S = 0 up to rounding, and G·V - U·S follows from the next P. The host waits
@@ -234,33 +171,33 @@ def _step(G: Tensor, P: Tensor, r: int) -> tuple[_Triplets, Tensor]:
     E = P @ Vh.T - U * S[: r + 1]
     host: list[float] = torch.cat([S, torch.linalg.vector_norm(E, dim=0)]).tolist()
     rounding = _ROUNDING * torch.finfo(G.dtype).eps * host[0]
-    return _Triplets(host[: len(S)], host[len(S) :], rounding, U[:, :r], Vh[:r] @ Z.T), P
+    return Triplets(host[: len(S)], host[len(S) :], rounding, U[:, :r], Vh[:r] @ Z.T), P
 
 
-def _converged(t: _Triplets, norm: float, eps: float, tolerance: float, previous: float) -> bool:
+def _converged(t: Triplets, norm: float, eps: float, tolerance: float, previous: float) -> bool:
     """Whether the reconstruction is optimal, and the subspaces are right or surely undefined.
 
     The latter only while the largest residual falls below the previous one or is negligible: it grows while a direction
     just above a flat spectrum is being found.
     """
     optimum = max(math.hypot(*t.s[t.r :]) ** 2, norm**2 - math.hypot(*t.s[: t.r]) ** 2 - t.rounding * norm)
-    if _MARGIN * t.excess() > _EXCESS * optimum + (_ZERO / 2 * _EPS32 * norm) ** 2:
+    if MARGIN * t.excess() > _EXCESS * optimum + (_ZERO / 2 * _EPS32 * norm) ** 2:
         return False
     last, largest = t.s[t.r - 1], max(t.e[: t.r])
-    unsure = _MARGIN * largest + t.rounding  # so far may σ_r lie above s_r
+    unsure = MARGIN * largest + t.rounding  # so far may σ_r lie above s_r
     undefined = last + unsure <= _ZERO * eps * norm or t.gap + unsure / last < MIN_GAP
     return t.sine(eps) <= tolerance or (undefined and largest <= max(previous, 1e-3 * MIN_GAP * last))
 
 
-def _exact(G: Tensor, r: int) -> _Triplets:
+def _exact(G: Tensor, r: int) -> Triplets:
     """Triplets of G (m, n) from a full SVD in fp64, whose rounding was seen to be larger: up to 45·ε·σ_1 at 120×120."""
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     s: list[float] = [*S.tolist(), 0.0]
     rounding = _ROUNDING * math.sqrt(len(S)) * torch.finfo(torch.float64).eps * s[0]
-    return _Triplets(s, [0.0] * (r + 1), rounding, U[:, :r], Vh[:r])
+    return Triplets(s, [0.0] * (r + 1), rounding, U[:, :r], Vh[:r])
 
 
-def _result(G: Tensor, t: _Triplets, norm: float, scale: float, method: Method, iterations: int) -> TruncatedSVD:
+def _result(G: Tensor, t: Triplets, norm: float, scale: float, method: Method, iterations: int) -> TruncatedSVD:
     """Triplets of the normalised G (m, n) in its dtype, signs fixed, S and norms scaled back."""
     eps = torch.finfo(G.dtype).eps
     U, Vh = t.U.to(G), t.Vh.to(G)

@@ -16,8 +16,9 @@ from torch import Tensor
 from loraone_init.errors import ConfigError, NumericalError
 from loraone_init.linalg import svd
 from loraone_init.linalg.precision import full_precision
+from loraone_init.linalg.ritz import MIN_GAP, Triplets
 from loraone_init.linalg.seeding import layer_generator
-from loraone_init.linalg.svd import MIN_GAP, TruncatedSVD, svd_bytes, truncated_svd
+from loraone_init.linalg.svd import TruncatedSVD, svd_bytes, truncated_svd
 
 EPS32 = torch.finfo(torch.float32).eps
 TOLERANCE = 1e-3  # the default: what the sine estimate must come down to
@@ -252,7 +253,7 @@ def test_negative_control_fp32_alone_cannot_certify_small_singular_values() -> N
 
 def test_wedin_estimate_by_hand() -> None:
     """s = (3, 2 | 1), e = (0.2, 0.1 | 0.1): hypot(0.2/(3 - 1.1), 0.1/(2 - 1.1))."""
-    triplets = svd._Triplets([3.0, 2.0, 1.0], [0.2, 0.1, 0.1], 0.0, torch.eye(3, 2), torch.eye(2, 3))
+    triplets = Triplets([3.0, 2.0, 1.0], [0.2, 0.1, 0.1], 0.0, torch.eye(3, 2), torch.eye(2, 3))
     assert triplets.sine(0.0) == pytest.approx(math.hypot(0.2 / 1.9, 0.1 / 0.9))
 
 
