@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from loraone_init import Adapter, PreconditionedAdamW, initialize
+from loraone_init.models import resolve_model
 
 
 def main() -> None:
@@ -74,7 +75,7 @@ def make_start(options: argparse.Namespace, directory: Path) -> Adapter:
 
 
 def make_trainer(options: argparse.Namespace, adapter: Adapter, output: Path) -> SFTTrainer:
-    base = adapter.base["name"]  # the model's directory, or its id on the hub
+    base = resolve_model(options.model).opened_from  # the model's directory, or its id on the hub
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), str(output / "start"), is_trainable=True
     )

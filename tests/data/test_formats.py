@@ -510,7 +510,7 @@ def test_assistant_only_with_a_template_that_trl_does_not_know() -> None:
     pytest.importorskip("trl")
     message = refusal([{"messages": CHATS[0]}], assistant_only=True)
     assert "{% generation %}" in message
-    assert "TRL has none" in message
+    assert "nor has TRL one" in message
 
 
 def test_assistant_only_without_trl(monkeypatch: pytest.MonkeyPatch) -> None:

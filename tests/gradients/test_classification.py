@@ -187,7 +187,7 @@ def test_reference_trainer_is_for_causal_models(command: Command, classifier: Pa
         ({"text": "w1", "label": "worse"}, [], "row 1: label 'worse' is not one of the model's: 0 to 2, or bad, good"),
         ({"text": "w1", "label": 3}, [], "row 1: label 3 is not one of the model's: 0 to 2, or bad, good, so-so"),
         ({"text": ["w1"], "label": 1}, [], "row 1: column 'text' is list, expected a string"),
-        ({"text": "w1", "label": None}, [], "row 1: label None is not one of the model's"),
+        ({"text": "w1", "label": None}, [], "row 1: label null is not one of the model's"),
         (
             {"text": "w1 " * 80, "label": 1},
             [],

@@ -97,7 +97,7 @@ def test_a_row_that_does_not_fit() -> None:
     with pytest.raises(
         ResourceError,
         match=r"out of memory: model\.layers\.0 needs about \d+ MiB beside its weights for one row of 12 tokens, .* "
-        r"[MG]iB are free on cpu; lower --max-length",
+        r"[MG]iB are free on cpu; lower `max_length`",
     ):
         run(LittleMemory(model, 0), make_batches((12,), rows=4))
 

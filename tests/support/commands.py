@@ -28,6 +28,8 @@ def beside_placement(stderr: str) -> str:
 def error_line(stderr: str) -> str:
     """The last line, which is the only one but for log messages before it."""
     *before, last = stderr.splitlines()
-    assert all(line.startswith(("Warning: ", "Converting ", "Placement: ", "Block inputs ")) for line in before), stderr
+    assert all(
+        line.startswith(("Warning: ", "Converting ", "Placement: ", "Block inputs ", "Dropped, ")) for line in before
+    ), stderr
     assert last.startswith("Error: "), stderr
     return last

@@ -80,7 +80,8 @@ def test_without_a_home_everything_is_computed(tmp_path: Path, monkeypatch: pyte
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(cache, "cache_directory", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
     assert cache.remembered(file, "test", lambda: 3) == 3
 
 

@@ -34,7 +34,7 @@ def train(output: Path, environment: dict[str, str], *more: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_trl_sft_trains_resumes_and_merges(environment, tmp_path):
+def test_trl_sft_trains_resumes_and_merges(environment, smollm2, tmp_path):
     """Resumed after two of three steps it ends with the weights of the training that was not interrupted."""
     output = tmp_path / "sft"
     train(output, environment, "--save-steps", "1")
@@ -50,7 +50,7 @@ def test_trl_sft_trains_resumes_and_merges(environment, tmp_path):
     weight = "model.layers.0.self_attn.q_proj"
     A, B = (resumed[f"base_model.model.{weight}.lora_{factor}.weight"] for factor in "AB")
     adapter = Adapter.load(output / "start")
-    base = load_file(Path(adapter.base["name"]) / "model.safetensors")[f"{weight}.weight"]
+    base = load_file(smollm2 / "model.safetensors")[f"{weight}.weight"]
     merged = load_file(output / "merged" / "model.safetensors")[f"{weight}.weight"]
     assert torch.allclose(merged, base + adapter.config.scale * (B @ A), atol=1e-6)
 
