@@ -123,6 +123,22 @@ def test_fields_of_a_docstring_become_a_list():
     )
 
 
+def test_contributing_lists_packages_and_files_in_the_order_of_the_imports():
+    text, project = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "pyproject.toml"))
+    layers = re.findall(r'^    "(.+)",$', project.partition("\nlayers = [")[2].partition("\n]")[0], re.M)
+    lines = [re.findall(r"loraone_init\.(\w+)", layer) for layer in layers if layer != "exporters"]
+    package = ROOT / "loraone_init"
+    packages = [line for line in lines if (package / line[0]).is_dir()]
+    assert [[name] for name in re.findall(r"^\| `(\w+)/` \|", text, re.M)] == packages
+    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text.partition("| files |")[2], re.M)
+    assert [sorted(re.findall(r"\w+", line)) for line in table] == [sorted(line) for line in lines[len(packages) :]]
+    files = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    assert {path.name for path in package.iterdir() if (path / "__init__.py").is_file()} == {
+        name for (name,) in packages
+    }
+    assert files == {name for line in lines[len(packages) :] for name in line}
+
+
 # Commands and Python.
 
 
