@@ -123,6 +123,22 @@ def test_fields_of_a_docstring_become_a_list():
     )
 
 
+def test_contributing_lists_packages_and_files_in_the_order_of_the_imports():
+    text, project = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "pyproject.toml"))
+    layers = re.findall(r'^    "(.+)",$', project.partition("\nlayers = [")[2].partition("\n]")[0], re.M)
+    lines = [re.findall(r"loraone_init\.(\w+)", layer) for layer in layers if layer != "exporters"]
+    package = ROOT / "loraone_init"
+    packages = [line for line in lines if (package / line[0]).is_dir()]
+    assert [[name] for name in re.findall(r"^\| `(\w+)/` \|", text, re.M)] == packages
+    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text.partition("| files |")[2], re.M)
+    assert [sorted(re.findall(r"\w+", line)) for line in table] == [sorted(line) for line in lines[len(packages) :]]
+    files = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
+    assert {path.name for path in package.iterdir() if (path / "__init__.py").is_file()} == {
+        name for (name,) in packages
+    }
+    assert files == {name for line in lines[len(packages) :] for name in line}
+
+
 # Commands and Python.
 
 
@@ -194,8 +210,18 @@ def test_figures_of_the_damping_are_those_of_the_benchmark():
     assert "held-out loss of {:.3f} scale-free, {:.3f} without, and {:.3f} with absolute".format(*quoted) in text
 
 
+def with_every_flag(text: str) -> str:
+    """As `failures.with_flags`, for all commands: `max_length` is --max-length, `dtype="float32"` --dtype float32."""
+
+    def flag(option: re.Match[str]) -> str:
+        name, value = option[1].replace("_", "-"), (option[2] or "True").strip('"')
+        return f"--{name}" if value == "True" else f"--{name} {value}"
+
+    return re.sub(r"`(\w+)(?:=([^`]+))?`", flag, text)
+
+
 def test_errors_in_troubleshooting_are_the_programs():
-    """… stands for what differs; every piece between is a part of a text in the source."""
+    """… stands for what differs; every piece between is a part of a text in the source, with flags for options."""
     texts = []
     for file in [*(ROOT / "loraone_init").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -204,7 +230,7 @@ def test_errors_in_troubleshooting_are_the_programs():
                 texts.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.append(re.sub(r"%(\.\d+)?[sdf]", "…", node.value))
-    source = "\n".join(texts)
+    source = with_every_flag("\n".join(texts))
     quoted = [line for block in blocks("text", TEXTS["troubleshooting.md"]) for line in block.splitlines()]
     assert len(quoted) > 30
     for line in quoted:
