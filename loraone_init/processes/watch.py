@@ -22,6 +22,7 @@ _INTERVAL = 1.0  # seconds between two beats
 _STALE = 30.0  # after which a rank on another machine counts as dead
 _SILENT = 5.0  # the same, where a connection broke: then one is
 _GRACE = 5.0  # for the main thread to end by itself: after that the process is ended from here
+_LINGER = 20.0  # for the others to ask what happened, who may have much else to do
 _ASK = 10.0  # for finding out why a connection broke
 _ALIKE = 2.0  # rank 0's error is told rather than the same one of another rank
 _POLL = 0.1
@@ -87,7 +88,7 @@ class Watch:
 
     def linger(self) -> None:
         """Call it last after a failure: rank 0, which may keep the store, waits until the others have asked it."""
-        until = time.monotonic() + _GRACE
+        until = time.monotonic() + _LINGER
         try:
             with self._lock:
                 self._store.set(f"ended/{self._rank}", "")

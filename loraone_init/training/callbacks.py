@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from .checkpoints import begin, remove_older, seal
 
 logger = logging.getLogger(__name__)
 
+_INTERRUPTED = "Interrupted: the step is finished and saved first; once more stops at once"
 _TORCH_SAVE = re.compile("inline_container|PytorchStreamWriter")
 
 
@@ -118,7 +120,8 @@ class FinishOnSignal(TrainerCallback):  # type: ignore[misc]
         if self.received:
             raise KeyboardInterrupt
         self.received = True
-        logger.warning("Interrupted: the step is finished and saved first; once more stops at once")
+        # From a thread of its own: the main one may be writing a line at this moment, and cannot begin another in it.
+        threading.Thread(target=logger.warning, args=(_INTERRUPTED,), daemon=True).start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
         if _is_distributed():  # all processes have to stop at the same step
