@@ -78,7 +78,7 @@ def site(tmp_path_factory) -> Path:
 
 
 def test_the_site_has_the_api_and_what_pages_link_to(site):
-    assert 'id="loraone_init.initialize"' in (site / "api.html").read_text(encoding="utf-8")
+    assert 'id="loraone_init.initialization.initialize.initialize"' in (site / "api.html").read_text(encoding="utf-8")
     assert (site / "benchmarks" / "results" / "scale.png").is_file()
     assert not list(site.glob("*.py"))
 
