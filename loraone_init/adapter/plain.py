@@ -48,8 +48,9 @@ class PlainAdapter:
             check_fields(config)
             pairs = pair_up({name: tensor for name, tensor in tensors.items() if ".lora_" in name})
             for module, pair in pairs.items():
-                if pair.A.ndim != 2 or pair.B.ndim != 2 or len(pair.A) != pair.B.shape[1]:
-                    raise AdapterError(f"{path}: layer {module} has no factors (r, in) and (out, r)")
+                floating = pair.A.is_floating_point() and pair.B.is_floating_point()
+                if not floating or pair.A.ndim != 2 or pair.B.ndim != 2 or len(pair.A) != pair.B.shape[1]:
+                    raise AdapterError(f"{path}: layer {module} has no factors (r, in) and (out, r) in floating point")
                 scale_of(name_in_peft(module, config), len(pair.A), config)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"{path / CONFIG} cannot be understood ({error!r})") from error

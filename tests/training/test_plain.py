@@ -197,6 +197,25 @@ def test_a_layer_without_factors(adapter: Path, tiny_model: Path, tiny_data: Pat
     assert "in its configuration, but not among its factors" in error_line(done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "taken"), [(torch.bfloat16, True), (torch.float8_e4m3fn, True), (torch.int32, False), (torch.bool, False)]
+)
+def test_factors_of_other_dtypes(
+    dtype: torch.dtype, taken: bool, adapter: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Factors of few bits are trained in fp32, as PEFT does; whole numbers are no factors."""
+    cast = {name: tensor.to(dtype) for name, tensor in load_file(adapter / WEIGHTS).items()}
+    save_file(cast, adapter / WEIGHTS, {"format": "pt"})
+    done = run(tiny_model, tiny_data, adapter, tmp_path / "trained", "-q")
+    if taken:
+        assert done.exit_code == 0, done.output
+        for name, tensor in load_file(tmp_path / "trained" / WEIGHTS).items():
+            assert tensor.dtype == torch.float32
+            assert 0 < (tensor - cast[name].float()).abs().max() < 4 * RATE
+    else:
+        assert "in floating point" in error_line(done.stderr)
+
+
 def test_record_of_another_adapter_is_not_left_beside_it(
     adapter: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
