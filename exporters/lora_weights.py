@@ -12,14 +12,13 @@ import torch
 from loraone_init.adapter.adapter import FORMAT_VERSION
 from loraone_init.adapter.files import CONFIG, FACTORS, PREFIX, WEIGHTS, read_tensors, split_name, weights_file
 from loraone_init.adapter.peft_config import name_in_peft, scale_of
+from loraone_init.adapter.peft_fields import check_fields
 from loraone_init.adapter.record_file import find_record
 from loraone_init.adapter.schema import read_peft_config, read_record, record_as_json
 from loraone_init.errors import AdapterError, ConfigError
 from loraone_init.json_files import shown
 from loraone_init.layers.patterns import find_value
 from loraone_init.linalg.factors import LoraPair
-
-from .peft_fields import check_fields
 
 _FROZEN = ".base_layer.weight"
 

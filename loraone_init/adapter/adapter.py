@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,10 @@ class Adapter:
         """The factors as a file has them, by the path before `.lora_A.weight`: those of experts are stacked."""
         return stack_experts(self.pairs, self.experts)
 
+    def trained(self, tensors: Mapping[str, LoraPair], training: Mapping[str, Any]) -> Adapter:
+        """The same with other factors, named as those of `tensors()`, and the record of their training."""
+        return replace(self, pairs=split_experts(tensors, self.experts), training=training)
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write one file if `path` ends in .safetensors, else a PEFT directory. Whole or not at all.
 
@@ -132,6 +136,7 @@ class Adapter:
         try:
             if "loraone" not in metadata and file.name == WEIGHTS:  # another trainer has written it
                 metadata = find_record(file.parent, tensors)
+            _check_version(metadata)  # before the tensors: another tool's may be of other kinds
             saved = take_saved(tensors, modules_to_save(metadata))
             return parse_metadata(pair_up(tensors), metadata, saved)
         except AdapterError as error:
@@ -195,11 +200,7 @@ def parse_metadata(
     Raises AdapterError, naming the field or layer, where the metadata are not as docs/format.md says, or do not fit the
     factors.
     """
-    version = metadata.get("format_version")
-    if version is None or "loraone" not in metadata:
-        raise NoRecordError("it has no loraone metadata: not written by loraone-init")
-    if version != FORMAT_VERSION:
-        raise AdapterError(f"it has format version {str(version)[:20]}, this release reads {FORMAT_VERSION}")
+    _check_version(metadata)
     record = read_record(metadata["loraone"])
     peft = read_peft_config(metadata.get("peft_config", "{}"), "task_type", "fan_in_fan_out")
     pairs = _by_expert(tensors, record.experts)
@@ -221,6 +222,14 @@ def parse_metadata(
         by_parameter=tuple(sorted(name.removesuffix(".weight") for name in parameters)),
         growth=record.growth,
     )
+
+
+def _check_version(metadata: Mapping[str, str]) -> None:
+    version = metadata.get("format_version")
+    if version is None or "loraone" not in metadata:
+        raise NoRecordError("it has no loraone metadata: not written by loraone-init")
+    if version != FORMAT_VERSION:
+        raise AdapterError(f"it has format version {str(version)[:20]}, this release reads {FORMAT_VERSION}")
 
 
 def _by_expert(tensors: Mapping[str, LoraPair], experts: Mapping[str, ExpertStack]) -> dict[str, LoraPair]:

@@ -100,7 +100,12 @@ def read_tensors(file: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The first tensor with NaN or infinity in it; None where all are finite."""
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in tensors.items() if not _comparable(tensor).isfinite().all()), None)
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers in a dtype that torch computes with: it cannot with floating-point numbers of one byte."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def tensor_names(module: str, adapter: str | None = None) -> tuple[str, str]:

@@ -95,15 +95,16 @@ def _run(options: InspectOptions) -> None:
 
 def _show_plain(path: Path, as_json: bool) -> None:
     """An adapter of another tool: its factors tell of the change, nothing of where it started."""
-    from ..inspection.plain import plain_facts, print_plain, read_plain
+    from ..adapter.plain import PlainAdapter
+    from ..inspection.plain import plain_facts, print_plain
 
-    config, pairs = read_plain(path)
-    facts = plain_facts(config, pairs)
+    plain = PlainAdapter.load(path)
+    facts = plain_facts(plain.config, plain.pairs)
     if as_json:
-        found = {"adapter": str(path), "base": config.get("base_model_name_or_path"), "record": None, "layers": facts}
+        found = {"adapter": str(path), "base": plain.base["name"], "record": None, "layers": facts}
         click.echo(json.dumps(_finite(found), indent=2, allow_nan=False))
     else:
-        print_plain(config, facts)
+        print_plain(plain.config, facts)
 
 
 def _check_page(path: Path, overwrite: bool) -> None:

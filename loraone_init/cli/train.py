@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ..data.sample import Sample
     from ..training.trainer import Outcome
 
+logger = logging.getLogger(__name__)
+
 _files = under("Adapter and output")
 _data = under("Data")
 _step = under("Steps")
@@ -30,7 +33,7 @@ _progress = under("Progress and checkpoints")
 @click.command("loraone-train", cls=Command, context_settings=CONTEXT)
 @click.argument("model")
 @click.argument("data")
-@_files("--adapter", required=True, type=click.Path(path_type=Path), help="What loraone-init wrote.")
+@_files("--adapter", required=True, type=click.Path(path_type=Path), help="What loraone-init or PEFT wrote.")
 @_files("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the result.")
 @_files("--resume", is_flag=True, help="Go on from the last whole checkpoint in the output.")
 @_files("--overwrite", is_flag=True, help="Write into an output that exists.")
@@ -102,9 +105,9 @@ def main(**given: Any) -> None:
 def _run(options: TrainCommand) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     start_logging(options.quiet or options.as_json or not is_main, options.verbose)
-    from ..adapter.adapter import Adapter
     from ..adapter.files import is_single_file
     from ..adapter.inputs import check_apart
+    from ..adapter.plain import PlainAdapter, load_to_train
     from ..data import rows as data_rows
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
@@ -122,7 +125,12 @@ def _run(options: TrainCommand) -> None:
     if is_main:  # the others would find what this one writes
         check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data))
         _check_output(options.output, options.overwrite, options.resume)
-    start = Adapter.load(options.adapter)
+    start = load_to_train(options.adapter)
+    if isinstance(start, PlainAdapter):
+        logger.info(
+            "%s is another tool's adapter: preconditioned by default, and saved without a record", options.adapter
+        )
+        start.check_output(options.output, overwrite=True)  # the rest has been checked
     if start.task_type not in ("CAUSAL_LM", None):
         raise ConfigError(
             f"{options.adapter} is for {start.task_type}, and loraone-train trains causal language models only; load it"

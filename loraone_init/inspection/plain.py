@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -13,38 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..adapter.files import CONFIG, WEIGHTS, pair_up, read_tensors
 from ..adapter.peft_config import name_in_peft, scale_of
-from ..adapter.schema import read_peft_config
 from ..adapter.wording import describe_ranks
-from ..errors import AdapterError, printable
+from ..errors import printable
 from ..linalg.factors import LoraPair
 from .facts import delta_spectrum
 from .layer_names import place_of
-
-
-def read_plain(path: Path) -> tuple[dict[str, Any], dict[str, LoraPair]]:
-    """PEFT's configuration, and the factors by layer; tensors that are held whole are passed over.
-
-    Raises AdapterError where it is no directory of PEFT with a LoRA adapter.
-    """
-    if not path.is_dir():
-        raise AdapterError(f"{path} has no record of loraone-init; give the whole directory that PEFT wrote")
-    _, tensors = read_tensors(path / WEIGHTS)
-    try:
-        config = read_peft_config((path / CONFIG).read_bytes(), "peft_type", "r", "lora_alpha", where=CONFIG)
-        if config["peft_type"] != "LORA":
-            raise AdapterError(f"{path} is no LoRA adapter but {config['peft_type']}")
-        pairs = pair_up({name: tensor for name, tensor in tensors.items() if ".lora_" in name})
-        for module, pair in pairs.items():
-            if pair.A.ndim != 2 or pair.B.ndim != 2 or len(pair.A) != pair.B.shape[1]:
-                raise AdapterError(f"{path}: layer {module} has no factors (r, in) and (out, r)")
-            scale_of(name_in_peft(module, config), len(pair.A), config)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterError(f"{path / CONFIG} cannot be understood ({error!r})") from error
-    if not pairs:
-        raise AdapterError(f"{path} holds no LoRA factors")
-    return config, pairs
 
 
 def plain_facts(config: Mapping[str, Any], pairs: Mapping[str, LoraPair]) -> dict[str, dict[str, Any]]:

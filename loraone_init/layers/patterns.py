@@ -41,15 +41,28 @@ def find_value(patterns: Mapping[str, T] | None, name: str, common: T) -> T:
     return common
 
 
+def is_literal(key: str) -> bool:
+    """Whether a key stands for itself: what `pattern_of` gives, or a plain word that names end with."""
+    return _whole_name(key) is not None or _is_word(key)
+
+
 def _is_key_of(pattern: str, name: str) -> bool:
     """Keys that stand for themselves are compared, all others searched with; most keys are of the first kind."""
-    if pattern.startswith("^"):
-        literal = re.sub(r"\\(.)", r"\1", pattern[1:])
-        if pattern == pattern_of(literal):
-            return name == literal
-    if re.fullmatch(r"[\w-]+", pattern):
+    if (whole := _whole_name(pattern)) is not None:
+        return name == whole
+    if _is_word(pattern):
         return name == pattern or name.endswith(f".{pattern}")
     return fully_matches(rf"(?:.*\.)?(?:{pattern})", name)
+
+
+def _whole_name(key: str) -> str | None:
+    """The name that `pattern_of` made this key of; None where it did not."""
+    name = re.sub(r"\\(.)", r"\1", key.removeprefix("^"))
+    return name if key == pattern_of(name) else None
+
+
+def _is_word(key: str) -> bool:
+    return re.fullmatch(r"[\w-]+", key) is not None
 
 
 def fully_matches(pattern: str, name: str) -> bool:

@@ -1,8 +1,9 @@
-"""The reference trainer: transformers' Trainer on a PEFT model that starts from one of our adapters."""
+"""The reference trainer: transformers' Trainer on a PEFT model that starts from an adapter, ours or PEFT's own."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import tempfile
@@ -17,14 +18,15 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.files import tensor_names
+from ..adapter.plain import PlainAdapter
 from ..data.batches import collate
 from ..data.sample import Sample
 from ..environment import environment_number
-from ..errors import ConfigError, ModelError, describe
+from ..errors import ConfigError, ModelError
 from ..extras import require
-from ..layers.expert_layout import split_experts
 from ..linalg.factors import LoraPair
 from ..models.dtypes import DType
+from ..models.foreign import told_as_model_error
 from ..models.opening import open_whole
 from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
@@ -47,7 +49,7 @@ _DTYPES: dict[Precision, DType] = {"fp32": "float32", "bf16": "bfloat16", "fp16"
 class Outcome:
     """What a training ended with. adapter: trained; log: the Trainer's history; interrupted: by a signal, and saved."""
 
-    adapter: Adapter
+    adapter: Adapter | PlainAdapter
     steps: int
     total_steps: int
     interrupted: bool
@@ -63,7 +65,7 @@ def require_packages(options: TrainOptions) -> None:
 
 def train(
     source: LocalModel,
-    adapter: Adapter,
+    adapter: Adapter | PlainAdapter,
     data: Sample,
     output: Path,
     options: TrainOptions,
@@ -104,12 +106,16 @@ def train(
         if evaluation is not None and options.max_steps is not None and not stop.received:
             trainer.evaluate()
     history: list[dict[str, float]] = trainer.state.log_history
-    trained = replace(adapter, pairs=_factors(model, adapter), training=_describe(trainer, facts, history))
+    trained = adapter.trained(_factors(model, adapter), _describe(trainer, facts, history))
     return Outcome(trained, trainer.state.global_step, trainer.state.max_steps, stop.received, history)
 
 
 def _peft_model(
-    source: LocalModel, checkpoint: Checkpoint, adapter: Adapter, options: TrainOptions, trust_remote_code: bool
+    source: LocalModel,
+    checkpoint: Checkpoint,
+    adapter: Adapter | PlainAdapter,
+    options: TrainOptions,
+    trust_remote_code: bool,
 ) -> PeftModel:
     from peft import PeftModel
 
@@ -124,15 +130,24 @@ def _peft_model(
         base.enable_input_require_grads()
     with tempfile.TemporaryDirectory() as directory:
         adapter.save(directory, overwrite=True)
-        try:
-            return PeftModel.from_pretrained(base, directory, is_trainable=True)
-        except (RuntimeError, ValueError) as error:
-            raise ModelError(f"the adapter does not fit {source.name}: {describe(error)[:250]}") from error
+        with told_as_model_error(f"the adapter does not fit {source.name}"):  # a configuration may hold anything
+            model = PeftModel.from_pretrained(base, directory, is_trainable=True)
+    _check_trained(model, adapter, source)
+    return model
+
+
+def _check_trained(model: nn.Module, adapter: Adapter | PlainAdapter, source: LocalModel) -> None:
+    """Raise ModelError where PEFT trains other parameters than the adapter's factors; it takes too few and too many."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if odd := trained ^ {name for path in adapter.tensors() for name in tensor_names(path, "default")}:
+        name = min(odd)
+        what = "is in its configuration, but not among its factors" if name in trained else "is none of the model's"
+        raise ModelError(f"the adapter does not fit {source.name}: {name} {what}")
 
 
 def _trainer(
     model: PeftModel,
-    adapter: Adapter,
+    adapter: Adapter | PlainAdapter,
     data: Sample,
     evaluation: Sample | None,
     output: Path,
@@ -192,7 +207,7 @@ def _pad_id(model: PeftModel, data: Sample) -> int:
     return data.pad_id if data.labels is None or own is None else own
 
 
-def _optimizer(model: nn.Module, adapter: Adapter, options: TrainOptions) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, adapter: Adapter | PlainAdapter, options: TrainOptions) -> torch.optim.Optimizer:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     settings: dict[str, Any] = {"lr": options.learning_rate, "weight_decay": options.weight_decay}
     if options.optimizer == "adamw":
@@ -202,14 +217,14 @@ def _optimizer(model: nn.Module, adapter: Adapter, options: TrainOptions) -> tor
     )
 
 
-def _factors(model: nn.Module, adapter: Adapter) -> dict[str, LoraPair]:
-    """The trained factors, by the adapter's own module names."""
-    weights = {name: parameter.detach().float().cpu().clone() for name, parameter in model.named_parameters()}
-    tensors = {path: LoraPair(*(weights[name] for name in tensor_names(path, "default"))) for path in adapter.tensors()}
-    return split_experts(tensors, adapter.experts)
+def _factors(model: nn.Module, adapter: Adapter | PlainAdapter) -> dict[str, LoraPair]:
+    """The trained factors, by the names that the adapter's file has for them."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights = {name: parameter.detach().float().cpu().clone() for name, parameter in trained.items()}
+    return {path: LoraPair(*(weights[name] for name in tensor_names(path, "default"))) for path in adapter.tensors()}
 
 
-def _facts(adapter: Adapter, data: Sample, options: TrainOptions) -> dict[str, Any]:
+def _facts(adapter: Adapter | PlainAdapter, data: Sample, options: TrainOptions) -> dict[str, Any]:
     """What the steps follow from, beside the model and the adapter; the adapter records it."""
     chosen = (
         adapter.preconditioner if options.damping is None else replace(adapter.preconditioner, damping=options.damping)
@@ -236,9 +251,9 @@ def _check_agreement(record: Mapping[str, Any]) -> None:
                 )
 
 
-def _digest(adapter: Adapter) -> str:
-    """SHA-256, hexadecimal, of the factors."""
-    digest = hashlib.sha256()
+def _digest(adapter: Adapter | PlainAdapter) -> str:
+    """SHA-256, hexadecimal, of PEFT's configuration, which has the scale, and of the factors."""
+    digest = hashlib.sha256(json.dumps(adapter.peft_config(), sort_keys=True).encode())
     for name, pair in sorted(adapter.tensors().items()):
         digest.update(name.encode())
         for factor in (pair.A, pair.B):

@@ -54,6 +54,24 @@ def test_what_needs_a_record_says_so(adapter: Path, tmp_path: Path) -> None:
     assert "has no loraone metadata" in error_line(shown.stderr)
 
 
+def test_modules_held_whole_are_passed_over(tmp_path: Path) -> None:
+    save_peft(tmp_path / "adapter", save_base(tmp_path / "base"), modules_to_save=["lm_head"])
+    shown = inspect(tmp_path / "adapter", "--json")
+    assert shown.exit_code == 0, shown.output
+    assert len(json.loads(shown.stdout)["layers"]) == 21
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"use_dora": True}, "it uses DoRA"), ({"init_lora_weights": "pissa"}, "it was initialised with pissa")],
+)
+def test_change_that_is_not_the_factors_alone(settings: dict[str, object], told: str, tmp_path: Path) -> None:
+    save_peft(tmp_path / "adapter", save_base(tmp_path / "base"), **settings)
+    shown = inspect(tmp_path / "adapter")
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert told in error_line(shown.stderr)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"peft_type": "LORA"}', '{"peft_type": "IA3"}'])
 def test_configurations_that_are_broken(text: str, adapter: Path) -> None:
     (adapter / "adapter_config.json").write_text(text)

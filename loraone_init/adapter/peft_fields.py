@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from loraone_init.errors import AdapterError
+from ..errors import AdapterError
 
 _READ = {
     "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
@@ -44,10 +44,8 @@ def check_fields(config: Mapping[str, Any]) -> None:
             " convert it to plain LoRA (save_pretrained's path_initial_model_for_weight_conversion), or merge it"
         )
     if (bias := config.get("bias", "none")) != "none":
-        raise AdapterError(
-            f"it trains biases of the base (bias {bias!r}), which cannot be exported; merge it with PEFT"
-        )
+        raise AdapterError(f"it trains biases of the base (bias {bias!r}), which is more than LoRA; merge it with PEFT")
     for name, value in config.items():
         if value and name not in {*_READ, *_WITHOUT_EFFECT, "init_lora_weights", "bias"}:
             what = _WORDS.get(name, "a setting of PEFT that is not known here")
-            raise AdapterError(f"it uses {what} ({name}), which cannot be exported; merge it with PEFT")
+            raise AdapterError(f"it uses {what} ({name}), which is more than LoRA; merge it with PEFT")
