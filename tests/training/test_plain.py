@@ -152,6 +152,7 @@ def test_more_than_factors(
     save_peft(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tiny_model), **settings)
     done = run(tiny_model, tiny_data, tmp_path / "adapter", tmp_path / "trained", "-q")
     assert (done.exit_code, done.stdout) == (1, "")
+    assert f"Error: {tmp_path / 'adapter'}: " in error_line(done.stderr)
     assert told in error_line(done.stderr)
     assert not (tmp_path / "trained").exists()
 
