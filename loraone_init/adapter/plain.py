@@ -44,14 +44,16 @@ class PlainAdapter:
         try:
             config = read_peft_config((path / CONFIG).read_bytes(), "peft_type", "r", "lora_alpha", where=CONFIG)
             if config["peft_type"] != "LORA":
-                raise AdapterError(f"{path} is no LoRA adapter but {config['peft_type']}")
+                raise AdapterError(f"it is no LoRA adapter but {config['peft_type']}")
             check_fields(config)
             pairs = pair_up({name: tensor for name, tensor in tensors.items() if ".lora_" in name})
             for module, pair in pairs.items():
                 floating = pair.A.is_floating_point() and pair.B.is_floating_point()
                 if not floating or pair.A.ndim != 2 or pair.B.ndim != 2 or len(pair.A) != pair.B.shape[1]:
-                    raise AdapterError(f"{path}: layer {module} has no factors (r, in) and (out, r) in floating point")
+                    raise AdapterError(f"layer {module} has no factors (r, in) and (out, r) in floating point")
                 scale_of(name_in_peft(module, config), len(pair.A), config)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from error
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"{path / CONFIG} cannot be understood ({error!r})") from error
         if not pairs:

@@ -21,6 +21,8 @@ from loraone_init.data.batches import collate
 
 ONE_STEP = 1e-6
 """Absolute; a step of Adam moves each number by 1e-2, and the same sums are formed in another order."""
+LOSS = 1e-6
+"""Relative; rounding in fp32 through three blocks."""
 RATE = 1e-2
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -43,17 +45,18 @@ def edit_config(adapter: Path, **changes: object) -> dict[str, Any]:
     return config
 
 
-def step_of_peft(model: Path, data: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """The factors, as PEFT saves them, after one step of torch's AdamW on all rows; by PEFT and torch alone."""
+def step_of_peft(model: Path, data: Path, adapter: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss on all rows, and the factors, as PEFT saves them, after one step of torch's AdamW; ours has no part."""
     wrapped = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter, is_trainable=True)
     sample = load_sample(str(data), AutoTokenizer.from_pretrained(model))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     wrapped.train()
-    wrapped(**collate(sample.rows, pad_id=sample.pad_id)).loss.backward()
+    loss = wrapped(**collate(sample.rows, pad_id=sample.pad_id)).loss
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
     optimizer.step()
     wrapped.save_pretrained(adapter.parent / "by-peft")
-    return load_file(adapter.parent / "by-peft" / WEIGHTS)
+    return loss.item(), load_file(adapter.parent / "by-peft" / WEIGHTS)
 
 
 def save_gpt2(directory: Path, tokenizer: Path) -> Path:
@@ -79,10 +82,12 @@ def test_one_step_is_pefts(name: str, tiny_model: Path, tiny_data: Path, tmp_pat
     model = save_gpt2(tmp_path / "gpt2", tiny_model) if name == "fan in, fan out" else tiny_model
     start, output = tmp_path / "adapter", tmp_path / "trained"
     save_peft(start, AutoModelForCausalLM.from_pretrained(model), **SETTINGS[name])
-    expected = step_of_peft(model, tiny_data, start)
+    loss, expected = step_of_peft(model, tiny_data, start)
     step = ("--max-steps", 1, "--batch-size", 12, "--optimizer", "adamw", "--learning-rate", RATE)
     done = run(model, tiny_data, start, output, *step)
     assert done.exit_code == 0, done.output
+    first = json.loads((output / "training_log.json").read_text())[0]
+    assert first["loss"] == pytest.approx(loss, rel=LOSS)  # Adam's first step tells nothing of the scale; the loss does
     before, found = load_file(start / WEIGHTS), load_file(output / WEIGHTS)
     assert found.keys() == expected.keys() == before.keys()
     for tensor in expected:
@@ -147,6 +152,7 @@ def test_more_than_factors(
     save_peft(tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(tiny_model), **settings)
     done = run(tiny_model, tiny_data, tmp_path / "adapter", tmp_path / "trained", "-q")
     assert (done.exit_code, done.stdout) == (1, "")
+    assert f"Error: {tmp_path / 'adapter'}: " in error_line(done.stderr)
     assert told in error_line(done.stderr)
     assert not (tmp_path / "trained").exists()
 
