@@ -211,7 +211,7 @@ def _run(processes: Processes, options: InitOptions) -> None:
         with monitor.timed("save"):
             adapter.save(output, overwrite=options.overwrite)
     summary = summarize(adapter, output, monitor, peaks, opened.opened_from)
-    _tell_paths(adapter)
+    _tell_paths(adapter, output)
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)
     warn_if_worse(adapter.loss, adapter.gamma)
@@ -248,11 +248,17 @@ def _open(processes: Processes, options: InitOptions, max_bytes: int | None, lab
     )
 
 
-def _tell_paths(adapter: Adapter) -> None:
-    """Paths of this machine would be published with the adapter."""
+def _tell_paths(adapter: Adapter, output: Path) -> None:
+    """Say which paths of this machine the adapter holds: whoever publishes it publishes them.
+
+    A PEFT directory is what people publish, and its base's name is in the configuration and the model card: a warning.
+    """
+    from ..adapter.files import is_single_file
+
     base, data = adapter.base.get("name"), adapter.sample.get("source")
     if base is not None and os.path.isabs(base):
-        logger.info("The adapter names its base by a path on this machine, %s; --base-name gives another", base)
+        level = logging.INFO if is_single_file(output) else logging.WARNING
+        logger.log(level, "The adapter names its base by a path on this machine, %s; --base-name gives another", base)
     if data is not None and os.path.isabs(data):
         logger.info(
             "The adapter names its data by a path on this machine, %s; a relative one is recorded as given", data

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import printable
 from ..failures import one_line_errors
 from ..version import __version__
 from .support import CONTEXT, Command, report_options, start_logging, under
@@ -90,7 +91,7 @@ def _run(options: InspectOptions) -> None:
     if comparison is not None:
         print_comparison(comparison, str(other), options.every_layer)
     if options.html is not None:
-        click.echo(f"written: {options.html}")
+        click.echo(printable(f"written: {options.html}"))
 
 
 def _show_plain(path: Path, as_json: bool) -> None:

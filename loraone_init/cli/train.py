@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from ..data.options import DataOptions
+from ..errors import printable
 from ..failures import one_line_errors
 from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions
 from ..version import __version__
@@ -200,7 +201,7 @@ def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
     )
     if result["first_eval_loss"] is not None:
         losses += f", evaluation {result['first_eval_loss']:.4f} → {result['last_eval_loss']:.4f}"
-    click.echo(f"{outcome.steps} steps, {losses}; written: {output}")
+    click.echo(printable(f"{outcome.steps} steps, {losses}; written: {output}"))
 
 
 if __name__ == "__main__":

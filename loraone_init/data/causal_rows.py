@@ -82,6 +82,10 @@ class RowEncoder:
     max_length: int
     chat_template: str | None
 
+    def check(self, row: Row, number: int) -> None:
+        """Raise DataError for a row that does not fit the format; nothing is tokenised."""
+        prompt_and_whole(rename_columns(row, self.columns, number), self.format, number, self.tokenizer.eos_token)
+
     def encode(self, row: Row, number: int) -> EncodedRow:
         """Tokens and labels of a row, cut to the first max_length tokens.
 

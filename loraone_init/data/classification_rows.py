@@ -66,13 +66,20 @@ class ClassificationEncoder:
     labels: Labels
     max_length: int
 
-    def encode(self, row: Row, number: int) -> ClassifiedRow:
-        """number: of the row, from 1, for messages. Raises DataError for a row that does not fit."""
+    def check(self, row: Row, number: int) -> None:
+        """Raise DataError for a row that does not fit; nothing is tokenised."""
+        self._content(row, number)
+
+    def _content(self, row: Row, number: int) -> tuple[dict[str, str], Target]:
         row = rename_columns(row, self.columns, number)
         texts = {"text": string_of(row, "text", number)}
         if self.format == "text-pair-label":
             texts["text_pair"] = string_of(row, "text_pair", number)
-        target = self.labels.target(value_of(row, "label", number), number)
+        return texts, self.labels.target(value_of(row, "label", number), number)
+
+    def encode(self, row: Row, number: int) -> ClassifiedRow:
+        """number: of the row, from 1, for messages. Raises DataError for a row that does not fit."""
+        texts, target = self._content(row, number)
         with told_by_row(number):
             encoded = self.tokenizer(**texts)
             truncated = len(encoded["input_ids"]) > self.max_length

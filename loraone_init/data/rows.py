@@ -47,11 +47,13 @@ class Rows:
     source: the path or hub id as it was given, or FROM_PYTHON.
     length: how many rows there are, at least 1.
     read:   from an index, 0 to length - 1, to the row.
+    is_local: whether all rows are here, so that each may be looked at; a hub's data set may have millions.
     """
 
     source: str
     length: int
     read: Callable[[int], Row] = field(repr=False)
+    is_local: bool = True
 
     def __len__(self) -> int:
         return self.length
@@ -121,7 +123,7 @@ def _rows_from_python(given: Any, split: str | None) -> Rows:
         raise ConfigError(f"split {split!r} is for hub data sets, but the rows are from Python; leave `split` out")
     if is_dataset(given):
         plain = given.with_format(None)  # lists and strings, whatever tensors its user wants
-        return Rows(FROM_PYTHON, len(plain), plain.__getitem__)
+        return Rows(FROM_PYTHON, len(plain), plain.__getitem__, is_local=False)
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         splits = [str(name) for name, part in given.items() if is_dataset(part)] if isinstance(given, Mapping) else []
         hint = f"; take one of its splits, such as data[{splits[0]!r}]" if splits else ""
@@ -279,4 +281,4 @@ def _read_hub(source: str, split: str, revision: str | None, token: str | None) 
             f"{source!r} is no file here, and as a data set from the hub (split {split!r}) it cannot be loaded: "
             f"{describe(error)}"
         ) from error
-    return Rows(source, len(loaded), loaded.__getitem__)
+    return Rows(source, len(loaded), loaded.__getitem__, is_local=False)

@@ -19,7 +19,7 @@ from .formats import Format
 from .labels import Labels
 from .options import CPU_BATCH_TOKENS, DataOptions
 from .rows import Rows, Source, quoted, read_rows
-from .sampling import RowEncoder, divide_rows, draw_rows
+from .sampling import RowEncoder, check_rows, divide_rows, draw_rows
 from .seq2seq_rows import source_target_encoder
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def load_sample(
     to train on, then likewise until options.held_out of other content have been found; no other row is tokenised. Where
     there are no more rows than options.samples and none is held out, all are used, in their order.
 
+    All rows of a file or of Python are looked at, those of a hub data set as they are drawn.
+
     Raises DataError where the rows cannot be read, do not fit a format, have no token to train on, or are too few to
     hold one out.
     """
@@ -147,6 +149,7 @@ def load_sample(
     num_held_out = options.held_out or 0
     rows = read_rows(source, split=options.split, revision=revision, token=token)
     encoder = _encoder(rows, tokenizer, options, labels)
+    check_rows(rows, encoder)
     draw = draw_rows(rows, encoder, options.samples, num_held_out, options.seed)
     if not draw.used:
         raise DataError(

@@ -27,6 +27,8 @@ class RowEncoder(Protocol):
     @property
     def format(self) -> Format: ...
 
+    def check(self, row: Row, number: int) -> None: ...
+
     def encode(self, row: Row, number: int) -> TokenRow: ...
 
 
@@ -45,6 +47,24 @@ class Draw:
     def place(self, row: TokenRow) -> int:
         """The place of a row in the permutation."""
         return self._places[id(row)]
+
+
+def check_rows(rows: Rows, encoder: RowEncoder) -> None:
+    """Raise DataError for the first row that does not fit the format, with how many others there are.
+
+    All rows are looked at, drawn or not, and none is tokenised. Hub data sets, which may have millions, are not: only
+    their rows that are drawn are.
+    """
+    if not rows.is_local:
+        return
+    first, others = None, 0
+    for index in range(len(rows)):
+        try:
+            encoder.check(rows[index], index + 1)
+        except DataError as error:
+            first, others = (error, 0) if first is None else (first, others + 1)
+    if first is not None:
+        raise DataError(f"{first} ({others:,} other rows do not fit either)" if others else str(first)) from first
 
 
 def draw_rows(rows: Rows, encoder: RowEncoder, samples: int, held_out: int, seed: int) -> Draw:

@@ -46,6 +46,10 @@ class SourceTargetEncoder:
     columns: Mapping[str, str]
     max_length: int
 
+    def check(self, row: Row, number: int) -> None:
+        """Raise DataError for a row that does not fit the format; nothing is tokenised."""
+        prompt_and_completion(rename_columns(row, self.columns, number), self.format, number)
+
     def encode(self, row: Row, number: int) -> SourceTargetRow:
         """number: of the row, from 1, for messages. Raises DataError for a row that does not fit the format."""
         prompt, completion = prompt_and_completion(rename_columns(row, self.columns, number), self.format, number)

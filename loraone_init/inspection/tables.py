@@ -49,7 +49,8 @@ def print_adapter(
 
 def print_comparison(comparison: Comparison, other: str, every_layer: bool) -> None:
     console = Console()
-    console.print(Text(f"Against {other}: principal angles, 0° where the subspaces agree", style="bold"))
+    title = printable(f"Against {other}: principal angles, 0° where the subspaces agree")
+    console.print(Text(title, style="bold"))
     groups = _single(comparison.layers) if every_layer else _by_kind(comparison.layers)
     print_figures("layer" if every_layer else "layer type, median", _ANGLES, _lines(groups, _angles))
     for where, names in (("the first", comparison.only_first), ("the second", comparison.only_second)):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from loraone_init import Adapter
 from loraone_init.cli.inspect import main as inspect
+from loraone_init.cli.train import main as train
 from loraone_init.cli.trainer_lines import lines_for_trainers
 from loraone_init.errors import printable
 
@@ -103,3 +104,31 @@ def test_terminal_gets_no_control_characters(initialised: Path, tmp_path: Path) 
     assert missing.exit_code == 1
     for text in (done.output, missing.output):
         assert not set(text) & {"\x1b", "\x07"}
+
+
+def test_tables_and_written_lines_have_none(initialised: Path, tmp_path: Path) -> None:
+    """Layers, the other adapter and the page have names that clear the screen and ring the bell."""
+    other, page = tmp_path / "other\x1b[2J.safetensors", tmp_path / "page\x07.html"
+    with safe_open(initialised, "pt") as opened:
+        metadata = opened.metadata()
+    metadata = {key: value.replace("self_attn", "self\\u001b[2J_attn") for key, value in metadata.items()}
+    tensors = {name.replace("self_attn", "self\x1b[2J_attn"): tensor for name, tensor in load_file(initialised).items()}
+    save_file(tensors, other, metadata)
+    for options in ((), ("--layers",)):
+        done = CliRunner().invoke(
+            inspect, [*map(str, (other, "--compare", other, "--html", page, "--overwrite")), *options]
+        )
+        assert done.exit_code == 0, done.output
+        told = "".join(done.output.split())
+        for name in ("self\\x1b[2J_attn.q_proj", "Against", "other\\x1b[2J.safetensors:principal", "page\\x07.html"):
+            assert name in told
+        assert not set(done.output) & {"\x1b", "\x07"}
+
+
+def test_training_is_written_without(initialised: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "trained\x1b[2J"
+    options = ("--adapter", initialised, "-o", output, "--max-steps", 1, "--device", "cpu")
+    done = CliRunner().invoke(train, [*map(str, (tiny_model, tiny_data, *options))])
+    assert done.exit_code == 0, done.output
+    assert "trained\\x1b[2J" in done.stdout
+    assert "\x1b" not in done.output

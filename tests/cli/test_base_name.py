@@ -25,9 +25,19 @@ def test_given_name(command: Command, tiny_model: Path, tiny_data: Path, out: Pa
 
 
 def test_path_is_told(command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> None:
-    done = command(tiny_model, tiny_data, "-o", out / "a.safetensors")
-    assert f"The adapter names its base by a path on this machine, {tiny_model}; --base-name" in done.stderr
-    assert f"The adapter names its data by a path on this machine, {tiny_data}" in done.stderr
+    told = command(tiny_model, tiny_data, "-o", out / "a.safetensors").stderr.splitlines()
+    assert f"The adapter names its base by a path on this machine, {tiny_model}; --base-name gives another" in told
+    assert any(line.startswith(f"The adapter names its data by a path on this machine, {tiny_data}") for line in told)
+
+
+def test_path_in_a_directory_to_publish_is_a_warning(
+    command: Command, tiny_model: Path, tiny_data: Path, out: Path
+) -> None:
+    """--quiet prints it as well."""
+    done = command(tiny_model, tiny_data, "-o", out / "peft", "--quiet")
+    assert done.stderr == (
+        f"Warning: The adapter names its base by a path on this machine, {tiny_model}; --base-name gives another\n"
+    )
 
 
 def test_gguf_file_has_its_own_name_and_hash(smollm2: Path, initialised: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,15 +139,33 @@ def test_truncated_rows_count_where_they_are_used(tokenizer: PreTrainedTokenizer
     assert (sample.rows_used, sample.rows_truncated, sample.rows_dropped) == (1, 1, 1)
 
 
-def test_rows_that_are_not_needed_are_not_tokenised(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    order = permutation(30, 0)
+def test_rows_that_are_not_needed_are_not_tokenised(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenised: list[str] = []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, text, **more: (tokenised.append(text), call(self, text, **more))[1]
+    )
     rows = texts(*[2] * 30)
-    for index in order[5:]:
-        rows[index]["text"] = None
     source = write(tmp_path / "a.jsonl", rows)
     assert load_sample(source, tokenizer, DataOptions(samples=5)).rows_used == 5
-    with pytest.raises(DataError, match=f"row {order[5] + 1}: column 'text' is null"):
-        load_sample(source, tokenizer, DataOptions(samples=6))
+    assert len(tokenised) == 5
+
+
+def test_all_rows_are_checked_drawn_or_not(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The first that does not fit is named, with how many more there are; a hub's rows are looked at as drawn."""
+    order = permutation(30, 0)
+    rows = texts(*[2] * 30)
+    bad = sorted(order[5:8])
+    for index in bad:
+        rows[index]["text"] = None
+    source = write(tmp_path / "a.jsonl", rows)
+    message = rf"^row {bad[0] + 1}: column 'text' is null, .* \(2 other rows do not fit either\)$"
+    with pytest.raises(DataError, match=message):
+        load_sample(source, tokenizer, DataOptions(samples=5))
+    many = Rows("someone/many", len(rows), rows.__getitem__, is_local=False)
+    assert load_sample(many, tokenizer, DataOptions(samples=5)).rows_used == 5
 
 
 @pytest.mark.parametrize(
