@@ -57,11 +57,13 @@ class Watch(TorchDispatchMode):
 def run_ours(live):
     from rows import parse_arguments
 
-    from loraone_init import DataOptions, load_sample, open_model, spectral_init, streaming, truncated_svd
+    from loraone_init import DataOptions, load_sample, open_model
     from loraone_init.gradients.causal_lm import CausalLM
     from loraone_init.gradients.stream import stream_gradients
     from loraone_init.layers.targets import select_targets
+    from loraone_init.linalg import spectral_init, truncated_svd
     from loraone_init.linalg.seeding import layer_generator
+    from loraone_init.streaming import driver
     from loraone_init.streaming.coroutines import Coroutine
     from loraone_init.streaming.keeping import keeping
     from loraone_init.streaming.stack import BlockStack
@@ -70,7 +72,7 @@ def run_ours(live):
         with Watch(live):
             return function()
 
-    streaming.Coroutine = lambda function: Coroutine(partial(watched, function))
+    driver.Coroutine = lambda function: Coroutine(partial(watched, function))
     arguments = parse_arguments()
     opened = open_model(arguments.model, placement="disk")
     options = DataOptions(samples=10**6, max_length=arguments.max_length)
