@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class LoraOneError(Exception):
@@ -73,3 +75,16 @@ def describe(error: BaseException) -> str:
     """An exception's message on one line, with its class where it would not be understood alone."""
     message = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__} {message}".rstrip() if isinstance(error, LookupError) or not message else message
+
+
+@contextmanager
+def others_errors(as_ours: Callable[[Exception], LoraOneError]) -> Iterator[None]:
+    """Has what other people's code raises in here end as `as_ours` says. Lack of memory and our own errors pass."""
+    try:
+        yield
+    except LoraOneError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise as_ours(error) from error

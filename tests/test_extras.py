@@ -23,6 +23,8 @@ def hide(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
 
 def test_what_is_installed_passes() -> None:
     require("train", "torch", "click", by="anything")
+    with pytest.raises(MissingPackageError):  # the same call, for one that is not
+        require("train", "torch", "no_such_package", by="anything")
 
 
 def test_one_wording() -> None:

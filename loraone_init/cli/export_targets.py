@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(ABC):
     """One field for each argument and option that all targets share; None for what was not given."""
 
     name: ClassVar[str]
@@ -39,9 +40,9 @@ class Target:
         """PEFT's name of the task to open the model for; None for the adapter's."""
         return None
 
+    @abstractmethod
     def write(self, base: BaseModel, lora: LoraWeights) -> dict[str, Any]:
         """Write the output, whole or not at all; facts of it, for a report."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -251,15 +251,15 @@ def _open(processes: Processes, options: InitOptions, max_bytes: int | None, lab
 def _tell_paths(adapter: Adapter, output: Path) -> None:
     """Say which paths of this machine the adapter holds: whoever publishes it publishes them.
 
-    A PEFT directory is what people publish, and its base's name is in the configuration and the model card: a warning.
+    A PEFT directory is what people publish, so that it gets a warning.
     """
     from ..adapter.files import is_single_file
 
     base, data = adapter.base.get("name"), adapter.sample.get("source")
+    level = logging.INFO if is_single_file(output) else logging.WARNING
     if base is not None and os.path.isabs(base):
-        level = logging.INFO if is_single_file(output) else logging.WARNING
         logger.log(level, "The adapter names its base by a path on this machine, %s; --base-name gives another", base)
     if data is not None and os.path.isabs(data):
-        logger.info(
-            "The adapter names its data by a path on this machine, %s; a relative one is recorded as given", data
+        logger.log(
+            level, "The adapter names its data by a path on this machine, %s; a relative one is recorded as given", data
         )

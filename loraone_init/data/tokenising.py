@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import DataError, LoraOneError, describe, is_out_of_memory
+from ..errors import DataError, describe, others_errors
 
 
 @contextmanager
@@ -15,11 +15,5 @@ def told_by_row(number: int) -> Iterator[None]:
     Templates are programs: they divide by zero, recurse without end, or call what is not there. Lack of memory and our
     own errors pass.
     """
-    try:
+    with others_errors(lambda error: DataError(f"row {number} cannot be tokenised: {describe(error)[:250]}")):
         yield
-    except LoraOneError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise DataError(f"row {number} cannot be tokenised: {describe(error)[:250]}") from error

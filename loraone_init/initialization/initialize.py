@@ -36,7 +36,7 @@ from ..streaming.stack import BlockStack
 from ..tasks import NAMES
 from .agreement import check_agreement
 from .evaluation import LossEvaluator, evaluate_step, expected_passes
-from .inputs import Model, resolve
+from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
 from .passes import GradientPass, PassResult
 from .room import SpareMemory, find_spare_memory
@@ -104,11 +104,23 @@ def initialize(
         monitor=monitor,
         processes=processes,
     )
-    opened, given, others, config = inputs.opened, inputs.data, inputs.held_out, inputs.config
+    return _compute(inputs, loss, growth, max_memory, monitor, processes)
+
+
+def _compute(
+    inputs: Inputs,
+    loss: LossFunction | None,
+    growth: Growth | None,
+    max_memory: int | None,
+    monitor: Monitor,
+    processes: Processes,
+) -> Adapter:
+    """`initialize`, when the model is open and the data are read."""
+    opened, given, others = inputs.opened, inputs.data, inputs.held_out
     rows = batches_of(given)
     saved = opened.saved if loss is None else ()
-    targets = select_targets(opened.module, config.target_modules, config.exclude_modules, saved)
-    config, limits = rank_limits(targets, config)
+    targets = select_targets(opened.module, inputs.config.target_modules, inputs.config.exclude_modules, saved)
+    config, limits = rank_limits(targets, inputs.config)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")

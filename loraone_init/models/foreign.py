@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoraOneError, ModelError, describe, is_out_of_memory
+from ..errors import ModelError, describe, others_errors
 from ..json_files import JsonError, read_json, shown
 
 MAX_LAYERS = 1000
@@ -26,16 +26,14 @@ def told_as_model_error(what: str, remedy: str = "") -> Iterator[None]:
     They check a configuration or tokenizer only where they use it, and so raise anything: AssertionError, TypeError,
     a plain Exception. Lack of memory and our own errors pass.
     """
-    try:
-        yield
-    except LoraOneError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
+
+    def as_ours(error: Exception) -> ModelError:
         hint = "; `trust_remote_code=True` runs it" if "trust_remote_code" in str(error) else ""
         reason = describe(error).partition(" Model type should be one of ")[0][:_MAX_REASON]  # all there are follow
-        raise ModelError(f"{what}: {reason}{hint}{remedy}") from error
+        return ModelError(f"{what}: {reason}{hint}{remedy}")
+
+    with others_errors(as_ours):
+        yield
 
 
 def load_config(directory: Path, name: str, num_tensors: int, trust_remote_code: bool) -> Any:

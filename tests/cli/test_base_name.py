@@ -37,6 +37,8 @@ def test_path_in_a_directory_to_publish_is_a_warning(
     done = command(tiny_model, tiny_data, "-o", out / "peft", "--quiet")
     assert done.stderr == (
         f"Warning: The adapter names its base by a path on this machine, {tiny_model}; --base-name gives another\n"
+        f"Warning: The adapter names its data by a path on this machine, {tiny_data}; a relative one is recorded as"
+        " given\n"
     )
 
 

@@ -184,8 +184,16 @@ def test_json_from_a_process_of_its_own(tiny_model: Path, tiny_data: Path, tmp_p
 
 
 @pytest.mark.parametrize("output", ["a.safetensors", "peft"])
-def test_quiet_prints_nothing(output: str, command: Command, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
-    result = command(tiny_model, tiny_data, "-o", tmp_path / output, "--quiet", "--base-name", "someone/tiny")
+def test_quiet_prints_nothing(
+    output: str,
+    command: Command,
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tiny_data.parent)  # absolute paths would be warned of
+    result = command(tiny_model, tiny_data.name, "-o", tmp_path / output, "--quiet", "--base-name", "someone/tiny")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
     assert (tmp_path / output).exists()
 

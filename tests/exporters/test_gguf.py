@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp, read back with the gguf package. tests/test_exporters_llama_cpp.py runs llama.cpp itself."""
+"""Adapters for llama.cpp, read back with the gguf package. test_llama_cpp.py runs llama.cpp itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from support.causal import relative_error
 from support.commands import content, error_line
-from support.exports import export, save_base, save_peft
+from support.exports import check_refusal, export, save_base, save_peft
 
 from loraone_init import Adapter
 
@@ -110,15 +110,7 @@ def test_ranks_and_scales_of_single_layers(tmp_path: Path) -> None:
 def test_what_llama_cpp_cannot_read_is_refused(
     name: str, settings: dict[str, object], told: str, tmp_path: Path
 ) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    save_peft(adapter, save_base(base, name), **settings)
-    before = content(tmp_path)
-    result = export("gguf", base, adapter, "-o", tmp_path / "a.gguf")
-    assert result.exit_code == 1
-    message = error_line(result.stderr)
-    assert told in message
-    assert "export merged" in message
-    assert content(tmp_path) == before
+    check_refusal("gguf", "a.gguf", name, settings, told, tmp_path)
 
 
 def test_output_is_a_gguf_file(tiny_model: Path, initialised: Path, tmp_path: Path) -> None:

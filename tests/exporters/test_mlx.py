@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.causal import make_model, relative_error
-from support.commands import content, error_line
-from support.exports import export, peft_logits, save_base, save_peft
+from support.commands import error_line
+from support.exports import check_refusal, export, peft_logits, save_base, save_peft
 from support.mlx_runs import mlx_logits
 
 from loraone_init import Adapter
@@ -89,15 +89,7 @@ def test_adapters_of_some_layers(settings: dict[str, object], num_layers: int, k
     ],
 )
 def test_what_mlx_lm_cannot_read_is_refused(name: str, settings: dict[str, object], told: str, tmp_path: Path) -> None:
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    save_peft(adapter, save_base(base, name), **settings)
-    before = content(tmp_path)
-    result = export("mlx", base, adapter, "-o", tmp_path / "mlx")
-    assert result.exit_code == 1
-    message = error_line(result.stderr)
-    assert told in message
-    assert "export merged" in message
-    assert content(tmp_path) == before
+    check_refusal("mlx", "mlx", name, settings, told, tmp_path)
 
 
 def test_a_base_that_mlx_lm_misreads_is_pointed_out(tmp_path: Path) -> None:

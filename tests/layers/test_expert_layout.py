@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel
-from support.causal import make_batches, make_word_tokenizer, reference_loss
+from support.causal import make_batches, make_word_tokenizer, two_losses
 from support.moe_models import CONFIGS, make_moe
 
 from loraone_init import Adapter, InitConfig, LoraPair, PreconditionedAdamW, initialize
@@ -72,14 +72,8 @@ def test_two_preconditioned_steps_of_a_loaded_adapter(adapters, tmp_path):
     model = PeftModel.from_pretrained(make_moe("qwen3-moe", torch.float32), tmp_path / "adapter", is_trainable=True)
     optimizer = PreconditionedAdamW(model.parameters(), model, lr=1e-2, preconditioner=adapter.preconditioner)
     assert sum(pair.num_experts for pair in optimizer.pairs) == len(adapter.pairs)
-    losses = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss = reference_loss(model, make_batches())
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[1] < losses[0]
+    before, after = two_losses(model, optimizer)
+    assert after < before
 
 
 def test_loraone_train_trains_every_expert(adapters, tiny_data, tmp_path):

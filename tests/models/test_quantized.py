@@ -19,6 +19,7 @@ from support.causal import (
     reference_gradients,
     reference_loss,
     relative_error,
+    two_losses,
 )
 from support.commands import Command
 from torch import nn
@@ -204,14 +205,8 @@ def test_two_preconditioned_steps_on_the_quantized_model(method, checkpoint, tmp
     base = AutoModelForCausalLM.from_pretrained(checkpoint(method), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).train()
     optimizer = PreconditionedAdamW(model.parameters(), model, lr=1e-3, preconditioner=adapter.preconditioner)
-    losses = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss = reference_loss(model, make_batches())
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[1] < losses[0]
+    before, after = two_losses(model, optimizer)
+    assert after < before
 
 
 @needs("bitsandbytes")

@@ -74,7 +74,7 @@ def test_more_ranks_than_rows(command: Command, arguments: list[str], tmp_path: 
     """Two rows for three processes, so that one has none; and a layer outside of the blocks."""
     together = out / "together.safetensors"
     arguments += ["--samples", "2", "--target-modules", "lm_head,q_proj,down_proj"]
-    only_rank_0_printed(run_ranks(3, tmp_path, [*arguments, "-o", str(together)]))
+    assert only_rank_0_printed(run_ranks(3, tmp_path, [*arguments, "-o", str(together)]))["processes"] == 3
     compare_with_one_process(Adapter.load(together), command, arguments, tmp_path / "alone.safetensors")
 
 

@@ -163,6 +163,18 @@ def reference_loss(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> 
     return total / count
 
 
+def two_losses(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The losses on `make_batches()` before and after one step; a second step is taken as well."""
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = reference_loss(model, make_batches())
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def reference_gradients(
     model: nn.Module, targets: dict[str, nn.Module], loss: Callable[[], torch.Tensor]
 ) -> dict[str, torch.Tensor]:

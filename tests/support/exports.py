@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from loraone_init.cli.export import main
 from support.causal import VOCABULARY, make_batches, make_model
+from support.commands import content, error_line
 
 ROUNDING = 1e-5  # of sums in fp32 through three blocks, relative
 
@@ -30,6 +31,19 @@ def save_peft(directory: Path, model: PreTrainedModel, **options: object) -> Non
     torch.manual_seed(3)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | options
     get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).save_pretrained(directory)
+
+
+def check_refusal(target: str, output: str, name: str, settings: dict[str, object], told: str, tmp_path: Path) -> None:
+    """The export ends in one line that says `told` and points to `export merged`; nothing is written."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_peft(adapter, save_base(base, name), **settings)
+    before = content(tmp_path)
+    result = export(target, base, adapter, "-o", tmp_path / output)
+    assert result.exit_code == 1
+    message = error_line(result.stderr)
+    assert told in message
+    assert "export merged" in message
+    assert content(tmp_path) == before
 
 
 def make_moe(name: str) -> PreTrainedModel:

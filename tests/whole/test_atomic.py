@@ -73,6 +73,7 @@ def test_the_umask_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write(tmp_path / "file")
     with atomic_directory(tmp_path / "directory") as directory:
         (directory / "inside").write_text("new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["directory", "file", "inside"]
 
 
 KILLED = """

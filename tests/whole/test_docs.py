@@ -166,7 +166,7 @@ def test_node_programs_exist():
 @pytest.mark.parametrize("name", TEXTS)
 def test_python_compiles(name):
     for block in blocks("python", TEXTS[name]):
-        compile(block, name, "exec")
+        assert compile(block, name, "exec").co_code
 
 
 def test_python_with_the_demo_model(smollm2, tmp_path):
