@@ -6,9 +6,9 @@ quickly.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .lazy import hand_on
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -69,7 +69,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__ = hand_on(__name__, _HOMES)

@@ -10,7 +10,6 @@ from typing import Literal, get_args
 from .errors import ConfigError
 from .json_files import shown
 from .ranges import check_range
-from .ranges import is_whole as is_whole
 
 Counted = Literal["average", "total"]
 
@@ -39,7 +38,7 @@ class InitConfig:
     rank:            r, the columns of B and rows of A.
     alpha:           α of LoRA.
     gamma:           γ; the step's largest singular value is s/γ in every layer. "auto": the one with the lowest loss
-                     on rows held out of the gradient, found by a line search (`step_length`); an adapter's is a number.
+                     on rows held out of the gradient, found by a search (`choosing.gamma`); an adapter's is a number.
     scaling:         "rslora" for s = α/√r, "lora" for s = α/r.
     target_modules:  "all-linear", a regular expression that matches whole module names, or names, a list or tuple,
                      matched as PEFT does (the module's full name or its dotted ending). Kept as a tuple.

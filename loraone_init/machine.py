@@ -1,4 +1,4 @@
-"""How much memory the process uses, how to have it use less, and how users write such amounts."""
+"""The device to compute on; how much memory the process uses, how to use less, and how users write such amounts."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ def peak_memory() -> int | None:
 def use_one_heap() -> None:
     """Have all threads allocate from one heap: glibc gives each thread its own, and what one frees no other can use.
 
-    Each micro-batch has a thread (see `coroutines`): with 24 rows, 13 % of peak memory was lost to this. To be called
-    before there are threads, and by commands only: a library must not decide it for its process. Nothing happens where
-    the C library is another one.
+    Each micro-batch has a thread (see `streaming.coroutines`): with 24 rows, 13 % of peak memory was lost to this. To
+    be called before there are threads, and by commands only: a library must not decide it for its process. Nothing
+    happens where the C library is another one.
     """
     if sys.platform.startswith("linux"):
         libc = ctypes.CDLL(None)

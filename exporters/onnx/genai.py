@@ -19,7 +19,6 @@ from typing import Literal
 import onnx
 
 from loraone_init.errors import ExportError
-from loraone_init.extras import require
 
 from .layout import GENAI_CONFIG, GRAPH, move_graph
 
@@ -38,11 +37,6 @@ _OPTIONS: dict[GenaiDType, tuple[str, ...]] = {
 _EXTRA: dict[GenaiDType, tuple[str, ...]] = {
     "int4": ("algo_config=k_quant", "matmul_mixed_precision=last_matmul:int8"),
 }
-
-
-def require_packages() -> None:
-    """Raise MissingPackageError where onnxruntime-genai's model builder cannot run for want of a package."""
-    require("genai", "onnxruntime_genai", "onnx_ir", by="the engine genai")
 
 
 def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
@@ -68,7 +62,6 @@ def check_builder(architecture: str) -> None:
 
     It tells architectures apart by a chain of comparisons with their names, and has no list of them.
     """
-    require_packages()
     builder = Path(str(files("onnxruntime_genai")), "models", "builder.py").read_text(encoding="utf-8")
     if f'"{architecture}"' not in builder:
         raise ExportError(f"onnxruntime-genai's model builder does not know {architecture}; take --engine torch")

@@ -19,7 +19,7 @@ def one_line(ranks: Sequence[int], gamma: float, loss: Mapping[str, Any], traini
     least, most = min(ranks, default=0), max(ranks, default=0)
     rank = f"{least}" if least == most else f"{least} to {most}"
     after = "not finite" if loss["after"] is None else f"{loss['after']:.3f}"
-    trained = f", trained for {count(training['steps'], 'step')}" if training else ""
+    trained = f", trained {_how_long(training)}" if training else ""
     return f"Adapter({count(len(ranks), 'layer')}, r={rank}, γ={gamma:g}, loss {loss['before']:.3f} → {after}{trained})"
 
 
@@ -86,5 +86,10 @@ def _loss(loss: Mapping[str, Any]) -> str:
 
 def _training(training: Mapping[str, Any]) -> str:
     first, last = training["first_loss"], training["last_loss"]
-    text = f"for {count(training['steps'], 'step')}"
+    text = _how_long(training)
     return text if first is None else f"{text}, loss {first:.4f} → {last:.4f}"
+
+
+def _how_long(training: Mapping[str, Any]) -> str:
+    """Only of our own training are the steps known."""
+    return f"by {training['by']}" if "by" in training else f"for {count(training['steps'], 'step')}"

@@ -49,7 +49,7 @@ class PlainAdapter:
             pairs = pair_up({name: tensor for name, tensor in tensors.items() if ".lora_" in name})
             for module, pair in pairs.items():
                 floating = pair.A.is_floating_point() and pair.B.is_floating_point()
-                if not floating or pair.A.ndim != 2 or pair.B.ndim != 2 or len(pair.A) != pair.B.shape[1]:
+                if not floating or pair.A.ndim != 2 or pair.B.ndim != 2 or not 0 < len(pair.A) == pair.B.shape[1]:
                     raise AdapterError(f"layer {module} has no factors (r, in) and (out, r) in floating point")
                 scale_of(name_in_peft(module, config), len(pair.A), config)
         except AdapterError as error:

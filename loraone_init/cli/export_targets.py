@@ -124,7 +124,7 @@ class Onnx(Target):
     atol: float | None
 
     def check(self) -> None:
-        check_directory(self.output, self.overwrite)
+        super().check()
         self._options()
 
     def task_type(self) -> str | None:
@@ -155,10 +155,14 @@ class OnnxAdapter(Target):
         """A file where a base graph is given, and a directory where it is written."""
         from loraone_init.exporters.onnx.adapter import SUFFIX
 
+        from ..adapter.files import check_output
         from ..errors import ConfigError
 
         is_file = self.output.suffix == SUFFIX
-        (check_file if is_file else check_directory)(self.output, self.overwrite)
+        if is_file:
+            check_output(self.output, self.overwrite, SUFFIX)
+        else:
+            super().check()
         if (self.base_graph is not None) != is_file:
             raise ConfigError(f"{self.output}: with --base-graph a file {SUFFIX} is written, without it a directory")
         if self.base_graph is None:  # else no graph is written
@@ -185,17 +189,3 @@ def check_directory(output: Path, overwrite: bool) -> None:
     if is_single_file(output):
         raise OutputError(f"{output}: this target writes a directory; leave .safetensors out")
     check_output(output, overwrite)
-
-
-def check_file(output: Path, overwrite: bool) -> None:
-    """Raise OutputError where no file can be written."""
-    from ..atomic import check_replaceable
-    from ..errors import OutputError
-
-    if output.is_dir():
-        raise OutputError(f"{output} is a directory; name a file")
-    check_replaceable(output)
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists already; choose another output, or pass --overwrite")
-    if not output.parent.is_dir():
-        raise OutputError(f"there is no directory {output.parent}; make it, or choose another output")

@@ -109,14 +109,12 @@ def _show_plain(path: Path, as_json: bool) -> None:
 
 
 def _check_page(path: Path, overwrite: bool) -> None:
-    from ..atomic import check_replaceable
+    from ..adapter.files import check_output
     from ..errors import OutputError
 
     if path.is_dir():
         raise OutputError(f"{path} is a directory; name the page, such as report.html")
-    check_replaceable(path)
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists already; choose another name, or pass --overwrite")
+    check_output(path, overwrite, path.suffix)
 
 
 def _write_page(

@@ -105,7 +105,7 @@ def main(**given: Any) -> None:
 
 def _run(options: TrainCommand) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
-    start_logging(options.quiet or options.as_json or not is_main, options.verbose)
+    start_logging(options.quiet or options.as_json, options.verbose, silent=not is_main)
     from ..adapter.files import is_single_file
     from ..adapter.inputs import check_apart
     from ..adapter.plain import PlainAdapter, load_to_train

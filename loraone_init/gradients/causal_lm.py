@@ -14,8 +14,9 @@ from torch.nn.functional import log_softmax
 from ..data.batches import IGNORED
 from ..errors import DataError
 from ..layers.patching import only_last_states, replaced_forward
+from ..layers.sizes import text_config
 from .losses import RowLosses
-from .objective import Batch, check_tokens, text_config
+from .objective import Batch, check_tokens
 
 MAX_LOGITS = 2**22
 """Elements of the logits computed at a time (16 MiB in fp32); a few such buffers are alive together."""

@@ -12,8 +12,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from ..data.labels import Labels, Problem
 from ..errors import DataError, ModelError
 from ..layers.patching import only_last_states
+from ..layers.sizes import text_config
 from .losses import RowLosses
-from .objective import Batch, check_tokens, text_config
+from .objective import Batch, check_tokens
 
 
 class SequenceClassification:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError, DataError
 from ..layers.patching import without_cache
+from ..layers.sizes import text_config
 from .losses import RowLosses
 
 Batch = Mapping[str, torch.Tensor]
@@ -88,12 +89,6 @@ def check_tokens(model: nn.Module, sequences: Sequence[torch.Tensor]) -> None:
         raise DataError(
             f"a row has {longest} tokens, but the model has {positions} positions; use `max_length={positions}`"
         )
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, None for a module without one."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
 def _num_embeddings(model: nn.Module) -> int | None:

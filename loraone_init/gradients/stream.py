@@ -125,7 +125,7 @@ class _Pass:
 
     def report(self, found: Sequence[_Found]) -> _Report:
         """What the other processes need to know of the forward that gave these losses."""
-        order = tuple(call.block for call in self.traces[0].calls) if self.traces else None
+        order = tuple(call.request.block for call in self.traces[0].calls) if self.traces else None
         told = [(piece.without_content(), losses) for piece, losses in found]
         return _Report(order, told, self._collector.called, self._collector.outside)
 

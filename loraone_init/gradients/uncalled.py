@@ -6,7 +6,7 @@ adapter would see what passes through it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -25,16 +25,17 @@ from .objective import Objective
 
 
 def check_uncalled(
-    stack: BlockStack, objective: Objective, targets: Mapping[str, nn.Module], called: Iterable[str], piece: Piece
+    stack: BlockStack, objective: Objective, targets: Mapping[str, nn.Module], called: Set[str], piece: Piece
 ) -> None:
     """Raises ModelError for layers that are not among the `called` while a forward of `piece` reads their weight.
 
     Experts that met no token, and layers that this forward leaves out, are no matter.
     """
-    uncalled = {name: module for name, module in targets.items() if name not in set(called)}
+    uncalled = {name: module for name, module in targets.items() if name not in called}
     layers = {name: module for name, module in uncalled.items() if not isinstance(module, ExpertLinear)}
-    shared = _shared_weights(stack.model)
-    layers = {name: module for name, module in layers.items() if id(module.weight) not in shared}
+    if layers:
+        shared = _shared_weights(stack.model)
+        layers = {name: module for name, module in layers.items() if id(module.weight) not in shared}
     if not layers:
         return
     read: set[str] = set()

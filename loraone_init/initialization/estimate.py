@@ -118,7 +118,8 @@ def estimate_seconds(
 
     evaluated: rows that go through the model after the gradient, in all passes; None: some of the batches' once.
     """
-    tokens = {name: sum(num_tokens(opened, batch)[name] for batch in batches) for name in opened.blocks}
+    counts = [num_tokens(opened, batch) for batch in batches]
+    tokens = {name: sum(count[name] for count in counts) for name in opened.blocks}
     rows: int = sum(len(batch["input_ids"]) for batch in batches)
     linear = [name for name, module in opened.module.named_modules() if is_linear(module)]
     inside = {name: block for name in linear for block in opened.blocks if name.startswith(f"{block}.")}

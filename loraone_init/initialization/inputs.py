@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..choosing.sample_size import DEFAULT_MAX_SAMPLES, Growth
-from ..config import AUTO, InitConfig, is_whole
+from ..config import AUTO, InitConfig
 from ..data.classification_rows import read_labels
 from ..data.options import HELD_OUT, DataOptions
 from ..data.rows import Rows, is_dataset, read_rows
@@ -25,6 +25,7 @@ from ..models.opening import OpenModel, open_model, open_module
 from ..models.sources import LocalModel, resolve_model
 from ..monitor import Monitor
 from ..processes.processes import Processes
+from ..ranges import is_whole
 from ..tasks import Task, task_of_module
 
 if TYPE_CHECKING:

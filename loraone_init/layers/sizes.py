@@ -55,7 +55,7 @@ def experts_within(block: nn.Module) -> list[ExpertLinear]:
 def routed_share(module: nn.Module) -> float:
     """The share of its experts that a token meets; all, where the configuration does not say it in the usual words."""
     experts = next((m for m in module.modules() if is_fused_experts(m)), None)
-    per_token = getattr(_text_config(module), "num_experts_per_tok", None)
+    per_token = getattr(text_config(module), "num_experts_per_tok", None)
     return 1.0 if experts is None or per_token is None else float(per_token) / len(expert_layers(experts, "down_proj"))
 
 
@@ -73,13 +73,14 @@ def _weight_size(module: nn.Module) -> int:
     return module.weight.element_size()
 
 
-def _text_config(module: nn.Module) -> Any:
+def text_config(module: nn.Module) -> Any:
+    """The configuration of the language model, None for a module without one."""
     config: Any = getattr(module, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else None
+    return config.gettext_config() if hasattr(config, "gettext_config") else None
 
 
 def hidden_size(module: nn.Module) -> int:
-    return int(getattr(_text_config(module), "hidden_size", 0))
+    return int(getattr(text_config(module), "hidden_size", 0))
 
 
 def activation_elements(block: nn.Module, routed: float) -> float:

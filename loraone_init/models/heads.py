@@ -92,7 +92,7 @@ def fit_labels(model: nn.Module, found: LabelSource, head: Head) -> bool:
     if found is None:
         raise ModelError(
             "the checkpoint has no classification head, and its configuration names no labels; pass labels=, such as"
-            " labels.read_labels(DATA)"
+            " what loraone_init.data.read_labels finds"
         )
     found = found if isinstance(found, Labels) else found()
     config.problem_type = config.problem_type or found.problem

@@ -111,7 +111,7 @@ def open_model(
     place = select_device(device)
     source = resolve_model(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
     checkpoint = Checkpoint(source.directory)
-    wanted = Wanted(place, dtype, trust_remote_code, block_path, placement, max_memory, weights, task, labels)
+    wanted = Wanted(place, dtype, trust_remote_code, placement, max_memory, weights, task, labels)
     module, head = skeleton(source, checkpoint, wanted)
     blocks = _blocks_of(module, block_path)
     reader, obstacle = _find_reader(module, checkpoint, blocks, trust_remote_code)
@@ -153,7 +153,7 @@ def open_whole(
 
     Raises ModelError where it cannot be opened, or its checkpoint lacks tensors or has them in another shape.
     """
-    wanted = Wanted(torch.device("cpu"), dtype, trust_remote_code, None, "auto", None, True, "causal-lm", None)
+    wanted = Wanted(torch.device("cpu"), dtype, trust_remote_code, "auto", None, True, "causal-lm", None)
     module, head = skeleton(source, checkpoint, wanted)
     return load_whole(source, module, head, "causal-lm", trust_remote_code)
 

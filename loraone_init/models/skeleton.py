@@ -29,7 +29,6 @@ class Wanted:
     device: torch.device
     dtype: DType
     trust_remote_code: bool
-    block_path: str | None
     placement: Placement
     max_memory: int | None
     weights: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError, describe
+from ..errors import ModelError, describe, is_out_of_memory
 from .foreign import load_config, told_as_model_error
 from .sources import LocalModel
 
@@ -25,6 +25,8 @@ def load_tokenizer(source: LocalModel, trust_remote_code: bool) -> PreTrainedTok
             source.directory, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the class that the library tokenizers raises
+        if is_out_of_memory(error):
+            raise
         logger.debug("%s has no tokenizer that can be read: %s", source.name, describe(error))
         return None
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # made from nothing, as transformers does for some models

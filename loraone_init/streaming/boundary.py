@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from .keeping import Keeper, Kept
@@ -111,11 +110,6 @@ class Answer:
                 _TRIGGER, tensor, lambda gradient: gradients.add(number, gradient)
             )
         return exited
-
-
-def edge_of(value: torch.Tensor) -> GradientEdge:
-    """Where in its graph a tensor's gradient enters; the tensor itself is not held."""
-    return get_gradient_edge(value)
 
 
 def leaf(value: Any, with_grad: bool) -> Any:

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ..errors import ModelError
 from .activations import ActivationBudget, HeldBytes
-from .boundary import Gradients, edge_of, is_floating, leaf, requires_grad
+from .boundary import Gradients, is_floating, leaf, requires_grad
 from .changes import Objects, changed_after, check_no_gradient_passes
 from .keeping import Kept
 from .stack import BlockRequest, BlockStack, run_request
@@ -32,7 +32,6 @@ class BlockCall:
     request:   as the model called, without its arguments.
     """
 
-    block: int
     inputs: list[Any]
     spec: pytree.TreeSpec
     edges: list[tuple[int, GradientEdge]]
@@ -81,11 +80,11 @@ def forward_block(
     check_no_gradient_passes(stack.names[request.block], objects, Objects(pytree.tree_leaves(outputs)))
     keep = stack.keeper.put
     kept = [keep(value) if isinstance(value, torch.Tensor) else value for value in inputs] if graph is None else []
-    edges = [(index, edge_of(value)) for index, value in enumerate(inputs) if requires_grad(value)]
+    edges = [(index, get_gradient_edge(value)) for index, value in enumerate(inputs) if requires_grad(value)]
     gradients = Gradients(stack.keeper, sum(map(is_floating, pytree.tree_leaves(outputs))))
     held = None if graph is None else (leaves, graph)
     bare = replace(request, args=(), kwargs={})
-    call = BlockCall(request.block, kept, spec, edges, gradients, versions, objects, bare, held)
+    call = BlockCall(kept, spec, edges, gradients, versions, objects, bare, held)
     trace.calls.append(call)
     return outputs, gradients
 
@@ -132,9 +131,9 @@ def _check_unchanged(stack: BlockStack, call: BlockCall) -> None:
     else:
         changed = call.versions != [_version(tensor) for tensor in call.graph[0]]
     if path := call.objects.change():
-        raise changed_after(path, stack.names[call.block])
+        raise changed_after(path, stack.names[call.request.block])
     if changed:
-        raise changed_after("an input", stack.names[call.block])
+        raise changed_after("an input", stack.names[call.request.block])
 
 
 def _compute_again(stack: BlockStack, call: BlockCall) -> tuple[list[Any], Any]:

@@ -27,8 +27,6 @@ from .coroutines import Coroutine
 from .stack import BlockRequest, BlockStack
 from .too_large import watched
 
-__all__ = ["BlockStack", "Trace", "stream_backward", "stream_forward"]
-
 
 def stream_forward(
     stack: BlockStack,
@@ -170,18 +168,16 @@ def _different_ways(stack: BlockStack, *blocks: int | None) -> ModelError:
 def stream_backward(
     stack: BlockStack,
     traces: Sequence[Trace],
-    order: Sequence[int] | None = None,
+    order: Sequence[int],
     on_turn: Callable[[int], None] = lambda index: None,
 ) -> Iterator[int]:
     """Back-propagate through all blocks in reverse, all micro-batches through a block at a time.
 
-    order:   the blocks as called, which traces tell; a process without any follows the others'.
+    order:   the blocks as called; a process without traces follows the others'.
     on_turn: as in the forward.
     Yields the index of a block when all its gradients have been collected (by hooks on its layers). Traces are
     emptied on the way. Raises TooLargeError where memory does not suffice for one of the micro-batches.
     """
-    if order is None:
-        order = [call.block for call in traces[0].calls] if traces else []
     for step in reversed(range(len(order))):
         block = order[step]
         with stack.loaded(block) if traces else nullcontext():

@@ -64,7 +64,7 @@ class SealCheckpoints(TrainerCallback):  # type: ignore[misc]
         self._options = options
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
-        if _is_distributed():
+        if is_distributed():
             torch.distributed.barrier()
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -87,7 +87,7 @@ class CheckpointingTrainer(Trainer):  # type: ignore[misc]
                 )
         if self.is_world_process_zero():
             begin(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-        if _is_distributed():
+        if is_distributed():
             torch.distributed.barrier()
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -124,7 +124,7 @@ class FinishOnSignal(TrainerCallback):  # type: ignore[misc]
         threading.Thread(target=logger.warning, args=(_INTERRUPTED,), daemon=True).start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
-        if _is_distributed():  # all processes have to stop at the same step
+        if is_distributed():  # all processes have to stop at the same step
             flag = torch.tensor(int(self.received), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.received = bool(flag.item())
@@ -133,5 +133,5 @@ class FinishOnSignal(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -82,7 +82,7 @@ def last_whole(directory: Path, options: dict[str, Any]) -> Path | None:
         record = _read_record(path)
         if record is None:
             logger.warning("%s was cut short; it is removed", path)
-            shutil.rmtree(path)
+            remove([path])  # each process does, whoever comes first
         elif whole is None:
             whole = path
             _check_options(path, record["options"], options)
@@ -90,8 +90,7 @@ def last_whole(directory: Path, options: dict[str, Any]) -> Path | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """By the mark; releases before it wrote the record alone, at the end."""
-    return path.is_dir() and not path.is_symlink() and ((path / MARK).is_file() or _read_record(path) is not None)
+    return path.is_dir() and not path.is_symlink() and (path / MARK).is_file()
 
 
 def check_state(checkpoint: Path) -> None:

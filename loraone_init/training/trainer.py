@@ -31,7 +31,7 @@ from ..models.opening import open_whole
 from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
 from ..weights.checkpoint import Checkpoint, same_weights
-from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints
+from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints, is_distributed
 from .checkpoints import check_state, last_whole, step_of
 from .options import Precision, TrainOptions
 
@@ -238,7 +238,7 @@ def _facts(adapter: Adapter | PlainAdapter, data: Sample, options: TrainOptions)
 
 def _check_agreement(record: Mapping[str, Any]) -> None:
     """Raise ConfigError where the processes of a run were given different options, data, adapters or models."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not is_distributed():
         return
     records: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(records, dict(record))

@@ -69,7 +69,7 @@ class Checkpoint:
         return tensor
 
     def shape(self, name: str) -> torch.Size:
-        """Shapes and dtypes are read from the file's header; no tensor is read."""
+        """Read from the file's header; no tensor is read."""
         return torch.Size(self._files[self._where[name]].get_slice(name).get_shape())
 
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import describe
+from ..errors import describe, is_out_of_memory
 from ..transformers_private import conversions_of, convert
 from .checkpoint import Checkpoint
 
@@ -124,6 +124,8 @@ def _convert(
     try:
         return convert(converter, target, given, model)
     except Exception as error:  # whatever a converter of some model may raise
+        if is_out_of_memory(error):
+            raise
         raise InseparableError(f"{target} is not converted alone: {describe(error)[:150]}") from error
 
 

@@ -64,6 +64,10 @@ def test_commands_take_it(trained: Path, tiny_model: Path, tmp_path: Path) -> No
         assert done.exit_code == 0, done.output
         assert Adapter.load(output).training == Adapter.load(trained).training
     assert "by another trainer" in (again / "README.md").read_text()
+    found = Adapter.load(trained)
+    assert repr(found).endswith(", trained by another trainer)")
+    assert "by another trainer" in found.summary()
+    assert "by another trainer" in found._repr_html_()
 
 
 def test_record_of_another_adapter(trained: Path) -> None:

@@ -37,6 +37,8 @@ def test_checkpoints_of_others_are_left(tiny_model: Path, tiny_data: Path, initi
     for step in (1, 900):
         (output / f"checkpoint-{step}").mkdir()
         (output / f"checkpoint-{step}" / "model.safetensors").write_text("precious")
+    record = {"files": {"model.safetensors": len("precious")}, "options": {}}  # no mark: a file of that name is not one
+    (output / "checkpoint-1" / "complete.json").write_text(json.dumps(record))
     shutil.rmtree(output / "checkpoint-4")
     done = run(tiny_model, tiny_data, initialised, output, "--resume")
     assert done.exit_code == 0, done.output

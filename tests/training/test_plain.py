@@ -222,6 +222,14 @@ def test_factors_of_other_dtypes(
         assert "in floating point" in error_line(done.stderr)
 
 
+def test_factors_of_rank_0(adapter: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    empty = {name: t[:0] if "lora_A" in name else t[:, :0] for name, t in load_file(adapter / WEIGHTS).items()}
+    save_file({name: tensor.contiguous() for name, tensor in empty.items()}, adapter / WEIGHTS, {"format": "pt"})
+    done = run(tiny_model, tiny_data, adapter, tmp_path / "trained", "-q")
+    assert done.exit_code == 1
+    assert "has no factors (r, in)" in error_line(done.stderr)
+
+
 def test_record_of_another_adapter_is_not_left_beside_it(
     adapter: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
