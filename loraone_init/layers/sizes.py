@@ -76,7 +76,7 @@ def _weight_size(module: nn.Module) -> int:
 def text_config(module: nn.Module) -> Any:
     """The configuration of the language model, None for a module without one."""
     config: Any = getattr(module, "config", None)
-    return config.gettext_config() if hasattr(config, "gettext_config") else None
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
 def hidden_size(module: nn.Module) -> int:
