@@ -19,6 +19,11 @@ MAX_TIMES = 4
 
 Scaling = Literal["rslora", "lora"]
 
+Schedule = Literal["rows", "blocks"]
+"""How gradients are taken: "rows" takes each micro-batch forward and backward through the whole model at once, "blocks"
+takes all micro-batches through a block before the next block, whose weights alone have to be there. The gradients are
+the same."""
+
 Auto = Literal["auto"]
 AUTO: Auto = "auto"
 """In the place of a number that is found by measurement."""

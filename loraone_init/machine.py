@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,13 @@ def free_memory(device: torch.device) -> int | None:
     rooms = [_available(), *_group_rooms()]
     processes = environment_number("LOCAL_WORLD_SIZE", 1, 1)  # torchrun's, on this machine: each gets its share
     return min((room // processes for room in rooms if room is not None), default=None)
+
+
+def release_memory(device: torch.device) -> None:
+    """After memory has run out on a CUDA device: give back what nothing uses any more."""
+    if device.type == "cuda":
+        gc.collect()  # what failed may be held by cycles of frames and errors
+        torch.cuda.empty_cache()
 
 
 def _available(meminfo: Path = Path("/proc/meminfo")) -> int | None:

@@ -12,13 +12,14 @@ Stage = Literal["open", "data", "forward", "head", "backward", "svd", "evaluate"
 
 
 class Monitor:
-    """Keeps the seconds of each stage, a stage inside another counted for itself only.
+    """Keeps the seconds of each stage, a stage inside another counted for itself only, and the schedule.
 
     Override `step` and `tried` to show them.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[Stage, float] = defaultdict(float)
+        self.schedule: tuple[str, str] | None = None
         self._running: list[Stage] = []
         self._since = time.perf_counter()
 
@@ -32,6 +33,10 @@ class Monitor:
         finally:
             self._charge()
             self._running.pop()
+
+    def scheduled(self, schedule: str, why: str) -> None:
+        """Gradients are taken by this schedule from now on."""
+        self.schedule = schedule, why
 
     def step(self, stage: Stage, done: int, total: int) -> None:
         """`done` of `total` steps of a stage are over."""

@@ -6,17 +6,18 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from ..adapter.wording import count, describe_sample
 from ..choosing.sample_size import Growth
-from ..config import InitConfig
+from ..config import AUTO, Auto, InitConfig, Schedule
 from ..data.sample import Sample
-from ..initialization.estimate import estimate_memory, estimate_seconds
+from ..initialization.estimate import estimate_memory, estimate_seconds, matrix_rate
 from ..initialization.evaluation import expected_passes
 from ..initialization.layer_starts import rank_limits
+from ..initialization.schedule import choose_schedule
 from ..layers.experts import ExpertLinear
 from ..layers.targets import layer_shape, select_targets
 from ..machine import describe_size, used_memory
@@ -25,7 +26,14 @@ from ..models.placement import Place
 from ..terminal import print_facts
 
 
-def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth | None = None) -> dict[str, Any]:
+def plan(
+    opened: OpenModel,
+    sample: Sample,
+    config: InitConfig,
+    growth: Growth | None = None,
+    schedule: Schedule | Auto = AUTO,
+    max_memory: int | None = None,
+) -> dict[str, Any]:
     """What --dry-run tells of a model opened without weights. Raises the errors that `initialize` would.
 
     growth: of the sample, which is then all rows that it may have; the figures are those of growing up to them.
@@ -35,12 +43,19 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
     budget = config.rank_budget
     ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
-    memory = estimate_memory(opened, targets, sample.batches, growth is not None, limits)
+    chosen = choose_schedule(
+        schedule, opened, targets, [*sample.batches, *sample.held_out_batches], max_memory, growth is not None, limits
+    )
     sizes = growth.sizes(len(sample.rows)) if growth else [len(sample.rows)]
     program = used_memory(opened.device)
     held_out = len(sample.held_out)
     evaluated = held_out * expected_passes(config.gamma, held_out=True) if held_out else None
-    seconds = estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated)
+    more_samples, rate = sum(sizes) / sizes[-1], matrix_rate(opened.device)
+    costs = {}
+    for each in get_args(Schedule):
+        memory = estimate_memory(opened, targets, sample.batches, growth is not None, limits, each, chosen.most_tokens)
+        seconds = estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated, each, rate)
+        costs[each] = {"memory_bytes": program + memory.total, "seconds": round(seconds * more_samples, 1)}
     return {
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
@@ -53,8 +68,9 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
         "device": str(opened.device),
         "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
         "placement": opened.placement,
-        "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
-        "seconds": round(seconds * sum(sizes) / sizes[-1], 1),
+        "schedule": {"chosen": chosen.schedule, "why": chosen.why, **costs},
+        "memory_bytes": {"program": program, **asdict(chosen.needs), "total": program + chosen.needs.total},
+        "seconds": costs[chosen.schedule]["seconds"],
     }
 
 
@@ -77,7 +93,7 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
         "program": "program",
         "outside": "weights that stay",
         "block": "weights that come and go",
-        "gradients": "a block's gradients",
+        "gradients": "gradients",
         "inputs": "inputs of all blocks",
         "working": "a micro-batch",
     }
@@ -94,6 +110,8 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
         *([("samples", _describe_growth(content["growth"]))] if content["growth"] else []),
         ("computed in", f"{content['dtype']} on {content['device']}"),
         ("placement", _PLACEMENTS[content["placement"]]),
+        ("schedule", f"{content['schedule']['chosen']}: {content['schedule']['why']}"),
+        *[("", _describe_cost(name, content["schedule"][name])) for name in get_args(Schedule)],
         ("memory", f"about {describe_size(memory['total'])}"),
         *[("", f"{describe_size(memory[key])} {what}") for key, what in parts.items()],
         (
@@ -102,6 +120,11 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
         ),
     ]
     print_facts(facts)
+
+
+def _describe_cost(schedule: str, cost: Mapping[str, Any]) -> str:
+    seconds = count(max(1, round(cost["seconds"])), "second")
+    return f"{schedule}: about {describe_size(cost['memory_bytes'])}, {seconds}"
 
 
 def _describe_growth(growth: Mapping[str, Any]) -> str:

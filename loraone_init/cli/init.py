@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from ..choosing.sample_size import DEFAULT_MAX_SAMPLES, Growth
-from ..config import AUTO, InitConfig, Scaling
+from ..config import AUTO, InitConfig, Scaling, Schedule
 from ..data.options import DataOptions
 from ..failures import one_line_errors
 from ..tasks import TASKS
@@ -112,9 +112,13 @@ _memory = under("Memory and speed")
     help="What to compute in; gradients and SVDs are fp32 or better in any case.",
 )
 @_memory(
-    "--max-memory",
-    help="What may be used of the device, such as 8GiB; what is left of it keeps block inputs, then activations.",
+    "--schedule",
+    default=AUTO,
+    type=click.Choice([AUTO, *get_args(Schedule)]),
+    help="rows: each micro-batch through the whole model at once, fastest. blocks: all of them through one block, then"
+    " the next, in the memory of one block. auto: rows where that fits.",
 )
+@_memory("--max-memory", help="What may be used of the device, such as 8GiB; what is left of it keeps block inputs.")
 @_memory(
     "--placement",
     default="auto",
@@ -197,12 +201,19 @@ def _run(processes: Processes, options: InitOptions) -> None:
             sample = load_sample(options.data, opened.tokenizer, wanted, token=options.token, labels=opened.labels)
         if options.dry_run:
             if is_main:
-                print_plan(plan(opened, sample, config, growth), options.as_json)
+                print_plan(plan(opened, sample, config, growth, options.schedule, max_bytes), options.as_json)
             return
         assert output is not None
         monitor.expect(sample, config.gamma, growth)
         adapter = initialize(
-            opened, sample, config, max_memory=max_bytes, monitor=monitor, processes=processes, growth=growth
+            opened,
+            sample,
+            config,
+            max_memory=max_bytes,
+            schedule=options.schedule,
+            monitor=monitor,
+            processes=processes,
+            growth=growth,
         )
         peaks = processes.gather(own_peaks())
         processes.finish()

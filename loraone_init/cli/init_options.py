@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..choosing.sample_size import DEFAULT_MAX_SAMPLES, Growth
-from ..config import AUTO, Auto, InitConfig, Scaling, parse_rank_budget
+from ..config import AUTO, Auto, InitConfig, Scaling, Schedule, parse_rank_budget
 from ..data.formats import parse_columns
 from ..data.options import DataOptions
 from ..tasks import Task
@@ -49,6 +49,7 @@ class InitOptions:
     device: str
     dtype: DType
     placement: Place | Auto
+    schedule: Schedule | Auto
     max_memory: str | None
     revision: str | None
     token: str | None

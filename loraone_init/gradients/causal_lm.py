@@ -72,7 +72,7 @@ class CausalLM:
         """What each position predicts."""
         return batch["labels"][:, 1:]
 
-    def finish(self, features: Any, batch: Batch, *, backward: bool) -> RowLosses:
+    def finish(self, features: Any, batch: Batch, *, backward: bool, retain_graph: bool = True) -> RowLosses:
         labels = self._labels(batch).to(self._device)
         row, position = torch.nonzero(labels != IGNORED, as_tuple=True)
         target = labels[row, position]
@@ -83,7 +83,7 @@ class CausalLM:
             for chunk in torch.arange(len(row)).split(self._chunk_length())
         ]
         if backward and source.requires_grad and leaf.grad is not None:
-            torch.autograd.backward(source, leaf.grad, retain_graph=True)
+            torch.autograd.backward(source, leaf.grad, retain_graph=retain_graph)
         sums = torch.zeros(len(labels), dtype=torch.float64)
         sums.index_add_(0, row.cpu(), torch.cat(losses).cpu().double())
         return RowLosses(sums, torch.bincount(row.cpu(), minlength=len(labels)).double())

@@ -49,10 +49,10 @@ class SequenceClassification:
         logits: torch.Tensor = self._model(**inputs, return_dict=True).logits
         return logits
 
-    def finish(self, features: torch.Tensor, batch: Batch, *, backward: bool) -> RowLosses:
+    def finish(self, features: torch.Tensor, batch: Batch, *, backward: bool, retain_graph: bool = True) -> RowLosses:
         losses = row_losses(features, batch["labels"].to(self._device), self._labels.problem)
         if backward and losses.requires_grad:
-            torch.autograd.backward(losses.sum(), retain_graph=True)
+            torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
         return RowLosses(losses.detach().cpu().double(), torch.ones(len(losses), dtype=torch.float64))
 
 

@@ -18,8 +18,9 @@ from ..linalg.layer_gradient import LayerGradient
 from ..linalg.products import add_product
 from ..streaming.coroutines import running
 
-WIDE_TOKENS = 2048
-"""Tokens that are multiplied into a layer's gradient at a time, at most."""
+WIDE_TOKENS = 512
+"""Tokens that are worth waiting for with any layer. With more, what waits in all layers of a large model that is run as
+a whole takes as much memory as its activations, and the products gain a few percent."""
 
 
 class Collector:

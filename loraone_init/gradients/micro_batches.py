@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -12,7 +11,7 @@ import torch
 from ..data.pieces import Piece, halve_until_below
 from ..errors import ResourceError
 from ..layers.sizes import routed_share, working_bytes
-from ..machine import describe_size, free_memory
+from ..machine import describe_size, free_memory, release_memory
 from ..streaming.stack import BlockStack
 from ..streaming.too_large import TooLargeError
 
@@ -32,19 +31,17 @@ class MicroBatches:
         self.pieces = list(pieces)
         self._halve_large_ones()
 
-    def attempt(self, run: Callable[[bool], T]) -> T:
-        """run(again), begun anew with smaller pieces as often as memory does not suffice.
+    def attempt(self, run: Callable[[], T]) -> T:
+        """run(), begun anew with smaller pieces as often as memory does not suffice.
 
-        again: whether this is not the first attempt. Raises ResourceError where a single row does not fit.
+        Raises ResourceError where a single row does not fit.
         """
-        again = False
         while True:
             try:
-                return run(again)
+                return run()
             except TooLargeError as error:
                 index, block = error.index, error.block
             self.halve(index, block)  # out here, the error and all that its frames hold is gone
-            again = True
 
     def halve(self, index: int, block: int | None) -> None:
         """Halve the piece of this number, which did not fit, and all that have as many tokens.
@@ -52,10 +49,8 @@ class MicroBatches:
         block: in which block it did not fit; None: outside of all. Raises ResourceError for a piece of a single row,
         and for a batch that cannot be divided.
         """
-        piece, device = self.pieces[index], next(self._stack.model.parameters()).device
-        if device.type == "cuda":
-            gc.collect()  # what failed may be held by cycles of frames and errors
-            torch.cuda.empty_cache()
+        piece, device = self.pieces[index], self._stack.device
+        release_memory(device)
         if piece.num_rows < 2:
             raise self._cannot_fit(piece, block, device)
         if self._stack.keeper.too_many_tokens is None:
@@ -70,7 +65,8 @@ class MicroBatches:
         self._halve_large_ones()
 
     def _halve_large_ones(self) -> None:
-        limit = self._stack.keeper.too_many_tokens
+        too_many, most = self._stack.keeper.too_many_tokens, self._stack.most_tokens
+        limit = min((n for n in (too_many, None if most is None else most + 1) if n is not None), default=None)
         if limit is not None:
             self.pieces = [part for piece in self.pieces for part in halve_until_below(piece, limit)]
 

@@ -38,8 +38,11 @@ class Objective(Protocol):
         """Run the model on `batch` through its blocks; what `finish` needs."""
         ...
 
-    def finish(self, features: Any, batch: Any, *, backward: bool) -> RowLosses:
-        """The losses; with `backward`, their sum is back-propagated to where `features` came from."""
+    def finish(self, features: Any, batch: Any, *, backward: bool, retain_graph: bool = True) -> RowLosses:
+        """The losses; with `backward`, their sum is back-propagated to where `features` came from.
+
+        retain_graph: whether that graph has to last, since blocks go back through parts of it later.
+        """
         ...
 
 
@@ -68,10 +71,17 @@ class WholeModel:
         total, count = answer
         return torch.as_tensor(total), count
 
-    def finish(self, features: tuple[torch.Tensor, torch.Tensor | int], batch: Any, *, backward: bool) -> RowLosses:
+    def finish(
+        self,
+        features: tuple[torch.Tensor, torch.Tensor | int],
+        batch: Any,
+        *,
+        backward: bool,
+        retain_graph: bool = True,
+    ) -> RowLosses:
         total, count = features
         if backward and total.requires_grad:
-            torch.autograd.backward(total, retain_graph=True)
+            torch.autograd.backward(total, retain_graph=retain_graph)
         return RowLosses(total.detach().double().cpu().reshape(1), torch.as_tensor(count).double().cpu().reshape(1))
 
 

@@ -1,8 +1,14 @@
-"""Exact full-fine-tuning gradients of linear layers, G = Σ dYᵀX / N, one block's layers alive at a time."""
+"""Exact full-fine-tuning gradients of linear layers, G = Σ dYᵀX / N.
+
+By two schedules that give the same gradients. Block by block, one block's layers are alive at a time; row by row, each
+micro-batch goes forward and backward through the whole model at once, and the sums of all layers wait for the last one.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +20,9 @@ from ..data.pieces import Piece, shares_of, split_in_halves, whole_batches
 from ..errors import ModelError
 from ..layers.experts import ExpertLinear
 from ..linalg.layer_gradient import LayerGradient
+from ..machine import release_memory
 from ..monitor import Monitor
 from ..processes.processes import Alone, Processes
-from ..streaming.activations import ActivationBudget
 from ..streaming.calls import Trace
 from ..streaming.driver import stream_backward, stream_forward
 from ..streaming.stack import BlockStack
@@ -26,6 +32,8 @@ from .losses import RowLosses, check_finite, check_losses, join_losses, sum_loss
 from .micro_batches import MicroBatches
 from .objective import Objective
 from .uncalled import check_uncalled
+
+logger = logging.getLogger(__name__)
 
 _Found = tuple[Piece, RowLosses]
 """A piece of a batch, and the losses of its rows."""
@@ -37,20 +45,20 @@ def stream_gradients(
     objective: Objective,
     batches: Sequence[Any],
     monitor: Monitor | None = None,
-    budget: ActivationBudget | None = None,
     processes: Processes | None = None,
     in_halves: bool = False,
 ) -> tuple[list[RowLosses], Iterator[LayerGradient]]:
     """The losses of all batches, and the gradient of their overall mean for every target layer.
 
-    budget:    memory for what the forward computes and the backward needs; without it, that is computed again.
     processes: the processes that share the batches between them, this one alone by default. Each is given all batches
                and gets the losses of all of them, and the gradients of the layers that it is to decompose. A process
                may have no rows to run.
     in_halves: whether each gradient comes in two parts, one for each half of the sample (see `split_in_halves`).
 
-    The forward runs now; the backward runs as the gradients are taken, last block first. The model has to be in eval
-    mode with frozen parameters. Micro-batches that do not fit in memory are halved, and both begin anew.
+    A stack that is run as a whole goes row by row: all is computed now. Where that runs out of memory in any process,
+    the stack is divided, and all begin anew block by block. Then the forward runs now, and the backward as the
+    gradients are taken, last block first; micro-batches that do not fit in memory are halved, and both begin anew. The
+    model has to be in eval mode with frozen parameters.
 
     Raises DataError where no token is trained on, NumericalError where the loss is not finite, ResourceError where a
     single row does not fit in memory.
@@ -60,8 +68,9 @@ def stream_gradients(
     if in_halves:
         pieces = split_in_halves(pieces)
     own = MicroBatches(shares_of(pieces, processes.size)[processes.index], stack)
-    gradients = _Pass(stack, targets, objective, own, monitor or Monitor(), processes, in_halves)
-    found = gradients.forward(budget)
+    monitor = monitor or Monitor()
+    gradients = _Pass(stack, targets, objective, own, monitor, processes, in_halves)
+    found = _forward(gradients, stack, processes, monitor)
     _check_own_losses(found)
     told = processes.gather(gradients.report(found))
     found_by_all = [each for report in told for each in report.found]
@@ -70,6 +79,21 @@ def stream_gradients(
     gradients.check_uncalled({name for report in told for name in report.called})
     outside = {name for report in told for name in report.outside}
     return join_losses(found_by_all), gradients.backward(order, count, outside)
+
+
+def _forward(gradients: _Pass, stack: BlockStack, processes: Processes, monitor: Monitor) -> list[_Found]:
+    """The losses of each micro-batch; the stack is divided where memory runs out while it is run as a whole."""
+    found: list[_Found] | None = None
+    if stack.is_whole:
+        with suppress(TooLargeError):
+            found = gradients.forward()
+        if not all(processes.gather(found is not None)):
+            logger.warning("Out of memory row by row: the run begins anew block by block")
+            monitor.scheduled("blocks", "out of memory row by row")
+            stack.divide()
+            release_memory(stack.device)
+            found = None
+    return gradients.forward() if found is None else found
 
 
 @dataclass(frozen=True)
@@ -114,14 +138,15 @@ class _Pass:
         self._num_parts = 2 if in_halves else 1
         self._collector = self._new_collector()
         self._shared: set[int] = set()  # the blocks that the backward has passed
-        self._homes = _homes(stack, targets)
+        self._targets = targets
+        self._homes: dict[str, set[int]] = {}
 
-    def forward(self, budget: ActivationBudget | None) -> list[_Found]:
+    def forward(self) -> list[_Found]:
         """The losses of each micro-batch. The traces that the backward needs are kept.
 
-        budget: for activations; where memory runs out, the next attempt keeps none.
+        Raises TooLargeError where memory runs out while the model is run as a whole.
         """
-        return self._micro_batches.attempt(lambda again: self._forward(None if again else budget))
+        return self._run() if self._stack.is_whole else self._micro_batches.attempt(self._run)
 
     def report(self, found: Sequence[_Found]) -> _Report:
         """What the other processes need to know of the forward that gave these losses."""
@@ -149,24 +174,30 @@ class _Pass:
                 index, block = error.index, error.block
             self.traces, self._collector = [], self._new_collector()
             self._micro_batches.halve(index, block)
-            self.forward(None)
+            self.forward()
         # layers outside of all blocks, or never reached
         yield from self._processes.share(self._collector.take(name, count) for name in self._waiting)
 
-    def _forward(self, budget: ActivationBudget | None) -> list[_Found]:
+    def _run(self) -> list[_Found]:
         self._collector = self._new_collector()
+        self._homes = _homes(self._stack, self._targets)
         trained = frozenset(block for name in self._waiting for block in self._homes[name])
-        pieces = self._micro_batches.pieces
+        pieces, in_blocks = self._micro_batches.pieces, bool(self._stack.names)
         losses: dict[int, RowLosses] = {}
 
         def finish(index: int, features: Any) -> None:
-            with self._monitor.timed("head"):
-                losses[index] = self._objective.finish(features, pieces[index].content, backward=True)
+            with self._monitor.timed("head" if in_blocks else "backward"):
+                content = pieces[index].content
+                losses[index] = self._objective.finish(features, content, backward=True, retain_graph=in_blocks)
+
+        def on_step(done: int, total: int) -> None:
+            self._monitor.step("forward", done, total)
+            if not in_blocks:
+                self._monitor.step("backward", done, total)
 
         with self._monitor.timed("forward"), self._collector.attached(), self._objective.active():
             forwards = [partial(self._objective.forward, piece.content) for piece in pieces]
-            on_step = partial(self._monitor.step, "forward")
-            self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, budget, self._turn)
+            self.traces = stream_forward(self._stack, forwards, finish, trained, on_step, self._turn)
         return [(piece, losses[index]) for index, piece in enumerate(pieces)]
 
     def _new_collector(self) -> Collector:
@@ -227,7 +258,7 @@ def stream_losses(
     shares = shares_of(whole_batches(batches, objective.by_row), processes.size)
     own = MicroBatches(shares[processes.index], stack)
 
-    def run(again: bool) -> list[_Found]:
+    def run() -> list[_Found]:
         pieces = own.pieces
         losses: dict[int, RowLosses] = {}
 

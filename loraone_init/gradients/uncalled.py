@@ -47,7 +47,7 @@ def check_uncalled(
 
     micro_batches = MicroBatches([piece], stack)
 
-    def run(again: bool) -> None:
+    def run() -> None:
         with objective.active():
             forwards = [partial(forward, part) for part in micro_batches.pieces]
             stream_forward(watched, forwards, lambda index, result: None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import Schedule
 from ..gradients.causal_lm import MAX_LOGITS
 from ..layers.sizes import (
     activation_elements,
@@ -44,10 +45,11 @@ class Memory:
     """Bytes, on the device.
 
     outside:   weights that are always there: those that belong to no block, or all where none come and go.
-    block:     weights that come and go: of the largest block; of two, where the next one comes ahead.
-    gradients: of that block's target layers, and what the largest SVD takes; in halves, all layers' sums twice.
-    inputs:    of all blocks, for the whole sample: kept from the forward to the backward.
-    working:   what one block computes for the largest micro-batch, or the head for its chunk of logits.
+    block:     weights that come and go: of the largest block; of two, where the next one comes ahead. Row by row, those
+               of all blocks that are not there yet.
+    gradients: of that block's target layers, or of all; and what the largest SVD takes. In halves, sums twice.
+    inputs:    of all blocks, for the whole sample: kept from the forward to the backward. None row by row.
+    working:   what one block, or all of them, compute for the largest micro-batch, or the head for its chunk of logits.
     """
 
     outside: int
@@ -72,30 +74,47 @@ def estimate_memory(
     batches: Sequence[Any],
     in_halves: bool = False,
     ranks: Mapping[str, int] | None = None,
+    schedule: Schedule = "blocks",
+    most_tokens: int | None = None,
 ) -> Memory:
     """For batches with input_ids; of others nothing is known, so that inputs and working are 0.
 
     in_halves: each layer has two sums, one for each half of the sample.
     ranks:     up to which each layer is decomposed; None: each SVD is counted as a copy of its gradient.
+    most_tokens: up to which micro-batches that have more are cut.
     """
     tensors = [*opened.module.named_parameters(), *opened.module.named_buffers()]
-    blocks = {block: [t for name, t in tensors if name.startswith(f"{block}.")] for block in opened.blocks}
-    block = max((total_bytes(inside) for inside in blocks.values()), default=0)
+    blocks = {block: total_bytes([t for name, t in tensors if name.startswith(f"{block}.")]) for block in opened.blocks}
     everything = total_bytes([t for _, t in tensors])
     copies = _BLOCKS_AT_ONCE[opened.placement, opened.device.type == "cpu"]
-    gradients = [gradient_bytes(targets, name, in_halves, ranks) for name in opened.blocks]
     read = [batch for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
-    tokens = [list(num_tokens(opened, batch).values()) for batch in read]
+    tokens = [num_tokens(opened, batch) for batch in read]
     size = element_size(opened.module)
-    graph = int(size * _graph_elements(opened))
     has_vocabulary = bool(read) and opened.labels is None
     head = _LOGIT_BUFFERS * MAX_LOGITS * max(4, size) if has_vocabulary else 0
+    graphs = _graph_elements(opened)
+    outside = everything - (sum(blocks.values()) if copies else 0)
+    if schedule == "rows":
+        shares = [1.0 if most_tokens is None else min(1.0, most_tokens / batch["input_ids"].numel()) for batch in read]
+        elements = [sum(graphs[block] * n for block, n in each.items()) for each in tokens]
+        graph = max((share * held for share, held in zip(shares, elements, strict=True)), default=0.0)
+        return Memory(
+            outside=outside,
+            block=sum(blocks.values()) if copies else 0,
+            gradients=gradient_bytes(targets, in_halves, ranks),
+            inputs=0,
+            working=int(size * graph) + head,
+        )
+    layers = [
+        {name: layer for name, layer in targets.items() if name.startswith(f"{block}.")} for block in opened.blocks
+    ]
+    largest = max((max(each.values()) for each in tokens if each), default=0)
     return Memory(
-        outside=everything - (sum(map(total_bytes, blocks.values())) if copies else 0),
-        block=copies * block,
-        gradients=max(gradients, default=0),
-        inputs=hidden_size(opened.module) * size * sum(map(sum, tokens)),
-        working=max(graph * max(map(max, filter(None, tokens)), default=0), head),
+        outside=outside,
+        block=copies * max(blocks.values(), default=0),
+        gradients=max((gradient_bytes(each, in_halves, ranks) for each in layers), default=0),
+        inputs=hidden_size(opened.module) * size * sum(sum(each.values()) for each in tokens),
+        working=max(int(size * max(graphs.values(), default=0.0)) * largest, head),
     )
 
 
@@ -113,10 +132,13 @@ def estimate_seconds(
     batches: Sequence[Any],
     num_label_tokens: int,
     evaluated: int | None = None,
+    schedule: Schedule = "blocks",
+    rate: float | None = None,
 ) -> float:
     """After the model is open; by the floating-point operations of all products, and the machine's rate for one.
 
     evaluated: rows that go through the model after the gradient, in all passes; None: some of the batches' once.
+    rate:      of the machine (see `matrix_rate`), which is measured if it is left out.
     """
     counts = [num_tokens(opened, batch) for batch in batches]
     tokens = {name: sum(count[name] for count in counts) for name in opened.blocks}
@@ -136,8 +158,9 @@ def estimate_seconds(
     svd = 4.0 * _SVD_VECTORS * _SVD_ITERATIONS * adapted
     share = (num_evaluated(rows) if evaluated is None else evaluated) / rows
     gradients = sum(products for name, products in products_of.items() if name in targets or name.endswith(" experts"))
-    products = (2 + share) * forward + forward + gradients + head
-    return (products / _EFFICIENCY + svd / _SVD_EFFICIENCY) / matrix_rate(opened.device)
+    recomputed = forward if schedule == "blocks" else 0.0
+    products = (2 + share) * forward + recomputed + gradients + head  # forward, gradients of inputs and of weights
+    return (products / _EFFICIENCY + svd / _SVD_EFFICIENCY) / (rate or matrix_rate(opened.device))
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -152,8 +175,7 @@ def matrix_rate(device: torch.device) -> float:
     return 2.0 * float(_PROBE) ** 3 / fastest
 
 
-def _graph_elements(opened: OpenModel) -> float:
-    """What the graph of one token holds, in the block that has the most."""
+def _graph_elements(opened: OpenModel) -> dict[str, float]:
+    """What the graph of one token holds, by block."""
     routed = routed_share(opened.module)
-    blocks = [opened.module.get_submodule(name) for name in opened.blocks]
-    return max((activation_elements(block, routed) for block in blocks), default=0.0)
+    return {block: activation_elements(opened.module.get_submodule(block), routed) for block in opened.blocks}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..choosing.growing import SampleOrBatches, batches_of, grow
 from ..choosing.sample_size import Growth
-from ..config import InitConfig
+from ..config import AUTO, Auto, InitConfig, Schedule
 from ..data.pieces import shares_of, whole_batches
 from ..data.rows import Source
 from ..data.sample import Sample
@@ -39,7 +40,9 @@ from .evaluation import LossEvaluator, evaluate_step, expected_passes
 from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
 from .passes import GradientPass, PassResult
-from .room import SpareMemory, find_spare_memory
+from .schedule import Plan, agreed, choose_schedule
+
+logger = logging.getLogger(__name__)
 
 
 def initialize(
@@ -50,6 +53,7 @@ def initialize(
     held_out: Sample | Iterable[Any] | int | None = None,
     loss: LossFunction | None = None,
     max_memory: int | None = None,
+    schedule: Schedule | Auto = AUTO,
     monitor: Monitor | None = None,
     growth: Growth | None = None,
     processes: Processes | None = None,
@@ -70,10 +74,12 @@ def initialize(
              what a `Sample` holds out, and 16 rows where rows are drawn here and config.gamma is "auto". The losses
              before and after the step are then on these, and they are what γ is searched with.
     loss:    loss(model, batch) -> (summed loss, number of terms), for all but these transformers models.
-    max_memory: bytes that may be used on the device (on a CPU: by the process). What weights and a micro-batch leave of
-             them holds block inputs, of which the rest goes to host memory or disk; then activations, which are
-             otherwise computed again in the backward. None: what is free, and no activations. The adapter is the same,
-             bit for bit.
+    max_memory: bytes that may be used on the device (on a CPU: by the process); None: what is free.
+    schedule: "rows" takes each micro-batch forward and backward through the whole model at once: three forwards' work,
+             and memory for all weights, all layers' sums and a micro-batch's activations. "blocks" takes all of them
+             through one block, then the next: four forwards' work and the memory of a block; block inputs go to host
+             memory or disk where the device has no room for them. "auto" is "rows" where that fits in memory. The
+             adapter is the same to 1e-5.
     monitor: is told of progress and keeps the seconds of each stage.
     growth:  how to take only as many of the rows as are needed, those drawn first (of a sequence, batches); None takes
              all. The adapter equals that of a sample of that size to 1e-5. The passes over the smaller samples take
@@ -104,7 +110,7 @@ def initialize(
         monitor=monitor,
         processes=processes,
     )
-    return _compute(inputs, loss, growth, max_memory, monitor, processes)
+    return _compute(inputs, loss, growth, max_memory, schedule, monitor, processes)
 
 
 def _compute(
@@ -112,6 +118,7 @@ def _compute(
     loss: LossFunction | None,
     growth: Growth | None,
     max_memory: int | None,
+    schedule: Schedule | Auto,
     monitor: Monitor,
     processes: Processes,
 ) -> Adapter:
@@ -129,7 +136,10 @@ def _compute(
     share = shares_of(whole_batches(rows, objective.by_row), processes.size)[processes.index]
     own = [piece.content for piece in share]
     in_halves = growth is not None
-    spare = find_spare_memory(opened, targets, [*own, *others], max_memory, in_halves=in_halves, ranks=limits)
+    plan = choose_schedule(schedule, opened, targets, [*own, *others], max_memory, in_halves, limits)
+    plan = agreed(plan, processes.gather(plan))
+    logger.info("Schedule: %s (%s)", plan.schedule, plan.why)
+    monitor.scheduled(plan.schedule, plan.why)
     stack = BlockStack.of(opened)
     gradient_pass = GradientPass(
         stack=stack,
@@ -137,7 +147,6 @@ def _compute(
         objective=objective,
         limits=limits,
         config=config,
-        activations=spare.activations,
         monitor=monitor,
         processes=processes,
     )
@@ -145,7 +154,7 @@ def _compute(
     def take(sample: SampleOrBatches) -> PassResult:
         return gradient_pass.run(batches_of(sample), in_halves=in_halves)
 
-    with _ready(opened, stack, targets, spare):
+    with _ready(opened, stack, targets, plan):
         used, found, grown = grow(given, growth, take)
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
@@ -172,9 +181,7 @@ def _compute(
 
 
 @contextmanager
-def _ready(
-    opened: OpenModel, stack: BlockStack, targets: Mapping[str, nn.Module], spare: SpareMemory
-) -> Iterator[None]:
+def _ready(opened: OpenModel, stack: BlockStack, targets: Mapping[str, nn.Module], plan: Plan) -> Iterator[None]:
     """Inside, the model can be differentiated by layers, and what does not fit on the device is kept elsewhere.
 
     Modes of the caller's thread that would change what is computed are off: autocast, and inference mode.
@@ -186,8 +193,9 @@ def _ready(
         _frozen(opened.module),
         differentiable(opened.module),
         experts_as_layers(opened.module, targets),
-        keeping(spare.device_bytes, spare.host_bytes) as keeper,
+        keeping(plan.device_bytes, plan.host_bytes) as keeper,
         stack.kept_by(keeper),
+        stack.as_a_whole(plan.most_tokens) if plan.schedule == "rows" and stack.names else nullcontext(),
     ):
         yield
 

@@ -43,7 +43,7 @@ _DATA = tuple(field.name for field in fields(DataOptions) if field.name not in (
 _OPENING = ("device", "dtype", "placement", "trust_remote_code", "revision", "labels", "base_name")
 _FETCHING = ("trust_remote_code", "revision", "token")
 _SHARED = ("task", "token")
-_OWN = ("model", "data", "config", "held_out", "loss", "max_memory", "monitor", "growth", "processes")
+_OWN = ("model", "data", "config", "held_out", "loss", "max_memory", "schedule", "monitor", "growth", "processes")
 OPTIONS = tuple(sorted({*_INIT, *_DATA, *_OPENING, *_SHARED, "tokenizer"}))
 """What `initialize` takes by name beside its own parameters."""
 

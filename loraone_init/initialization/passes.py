@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from ..linalg.factors import LoraPair
 from ..linalg.layer_gradient import LayerGradient
 from ..monitor import Monitor
 from ..processes.processes import Processes
-from ..streaming.activations import ActivationBudget
 from ..streaming.stack import BlockStack
 from .layer_starts import Decomposition, decompose, start_layers
 
@@ -42,8 +40,7 @@ class PassResult:
 class GradientPass:
     """What passes over several samples have in common; `run` makes one.
 
-    limits:      the rank up to which each layer's gradient is decomposed.
-    activations: the memory for activations that each pass may keep; None keeps none.
+    limits: the rank up to which each layer's gradient is decomposed.
     """
 
     stack: BlockStack
@@ -51,7 +48,6 @@ class GradientPass:
     objective: Objective
     limits: Mapping[str, int]
     config: InitConfig
-    activations: ActivationBudget | None
     monitor: Monitor
     processes: Processes
 
@@ -63,7 +59,6 @@ class GradientPass:
             self.objective,
             batches,
             self.monitor,
-            copy(self.activations),  # a pass uses it up
             self.processes,
             in_halves,
         )

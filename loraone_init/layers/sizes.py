@@ -21,19 +21,18 @@ def total_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def gradient_bytes(
-    targets: Mapping[str, nn.Module], block: str, in_halves: bool, ranks: Mapping[str, int] | None = None
+    layers: Mapping[str, nn.Module], in_halves: bool = False, ranks: Mapping[str, int] | None = None
 ) -> int:
-    """fp32 (fp64 for an fp64 model), and what the SVD takes that takes most. In halves, all are there twice, and the
-    sum of one layer's.
+    """The sums of these layers' gradients in fp32 (fp64 for an fp64 model), and what the SVD takes that takes most. In
+    halves, all are there twice, and the sum of one layer's.
 
     ranks: up to which each layer is decomposed; None: each SVD is counted as a copy.
     """
-    inside = {name: module for name, module in targets.items() if name.startswith(f"{block}.")}
-    itemsizes = {name: max(4, _weight_size(module)) for name, module in inside.items()}
-    sizes = {name: num_weights(module) * itemsizes[name] for name, module in inside.items()}
+    itemsizes = {name: max(4, _weight_size(module)) for name, module in layers.items()}
+    sizes = {name: num_weights(module) * itemsizes[name] for name, module in layers.items()}
     svds = [
         sizes[name] if ranks is None else svd_bytes(layer_shape(module), ranks[name], itemsizes[name])
-        for name, module in inside.items()
+        for name, module in layers.items()
     ]
     summed = max(sizes.values(), default=0) if in_halves else 0
     return (2 if in_halves else 1) * sum(sizes.values()) + summed + max(svds, default=0)

@@ -4,8 +4,8 @@ The model's own forward runs once for each micro-batch, so that masks, positions
 the model's. A block's call is intercepted: the driver computes it from detached inputs, which it keeps, and answers
 with outputs that start a new graph. What remains between the blocks is a small autograd graph of glue for each
 micro-batch, which holds no block's output. Backward goes through the blocks in reverse: compute again from the kept
-inputs (unless memory allowed to keep the forward's graph), back-propagate the outputs' gradients, hand those of the
-inputs to the glue, which adds them up at the earlier outputs. Tensors that several blocks share (an encoder's output,
+inputs, back-propagate the outputs' gradients, hand those of the inputs to the glue, which adds them up at the earlier
+outputs. Tensors that several blocks share (an encoder's output,
 a position bias) need nothing special; what they share through a mapping does (see `mappings`).
 
 One micro-batch is on the device at a time, with all that a `Keeper` has room for.
@@ -14,15 +14,14 @@ One micro-batch is on the device at a time, with all that a `Keeper` has room fo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from ..errors import ModelError
-from .activations import ActivationBudget
+from ..errors import ModelError, describe
 from .boundary import Answer
-from .calls import Trace, backward_block, forward_block, input_bytes
+from .calls import Trace, backward_block, forward_block
 from .coroutines import Coroutine
 from .stack import BlockRequest, BlockStack
 from .too_large import watched
@@ -34,7 +33,6 @@ def stream_forward(
     finish: Callable[[int, Any], None],
     trained: frozenset[int] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
-    budget: ActivationBudget | None = None,
     on_turn: Callable[[int], None] = lambda index: None,
 ) -> list[Trace]:
     """Run each of `forwards` (one for each micro-batch), all of them through a block before the next block.
@@ -42,18 +40,21 @@ def stream_forward(
     finish(i, result): called as soon as the i-th forward has returned `result`, before the next one returns.
     trained:           the blocks that contain target layers; calls from the first of them on are kept. None: a plain
                        forward without gradients, in which nothing is kept.
-    on_step:           told the number of block calls that are done, and the number of blocks.
-    budget:            for graphs that are kept for the backward; None keeps none.
+    on_step:           told the number of block calls that are done, and the number of blocks; of a model that is run
+                       as a whole, the number of micro-batches.
     on_turn:           told the number of the micro-batch whose turn it is, whenever that changes.
 
     Raises ModelError where micro-batches call different blocks, a block changes its inputs in place or leaves tensors
     behind (see `changes`), TooLargeError where memory does not suffice for one of them.
     """
-    passages = [_Passage(stack, forward, trained, budget) for forward in forwards]
+    if not stack.names:
+        _run_whole(forwards, finish, trained is not None, on_step, on_turn)
+        return [Trace() for _ in forwards]
+    passages = [_Passage(stack, forward, trained) for forward in forwards]
     try:
         with stack.intercepted():
             done = 0
-            while _pass_a_block(stack, passages, finish, on_turn, budget if done == 0 else None):
+            while _pass_a_block(stack, passages, finish, on_turn):
                 done += 1
                 on_step(done, len(stack.names))
     finally:
@@ -62,17 +63,44 @@ def stream_forward(
     return [passage.trace for passage in passages]
 
 
+def _run_whole(
+    forwards: Sequence[Callable[[], Any]],
+    finish: Callable[[int, Any], None],
+    with_grad: bool,
+    on_step: Callable[[int, int], None],
+    on_turn: Callable[[int], None],
+) -> None:
+    """Each micro-batch goes through the whole model at once and is finished before the next one begins."""
+    for index, forward in enumerate(forwards):
+        on_turn(index)
+        with watched(index, None), _changes_in_place_told():
+            with torch.set_grad_enabled(with_grad):
+                result = forward()
+            finish(index, result)
+            del result
+        on_step(index + 1, len(forwards))
+
+
+@contextmanager
+def _changes_in_place_told() -> Iterator[None]:
+    """Raises ModelError where autograd finds that a tensor it needs was changed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ModelError(
+            f'the model changes in place what its backward needs; schedule="blocks" may do. {describe(error)[:200]}'
+        ) from error
+
+
 def _pass_a_block(
     stack: BlockStack,
     passages: Sequence[_Passage],
     finish: Callable[[int, Any], None],
     on_turn: Callable[[int], None],
-    budget: ActivationBudget | None,
 ) -> bool:
-    """Every micro-batch goes on to the next block and through it, one after the other; False where all have finished.
-
-    budget: sets room for the inputs of all blocks aside, told by those of this one.
-    """
+    """Every micro-batch goes on to the next block and through it, one after the other. False: all have finished."""
     block: int | None = None
     with ExitStack() as weights:
         for index, passage in enumerate(passages):
@@ -92,8 +120,6 @@ def _pass_a_block(
             elif arrived != block:
                 raise _different_ways(stack, block, arrived)
             if request is not None:
-                if budget is not None:
-                    budget.expect(input_bytes(request), len(stack.names), len(passages))
                 with watched(index, block):
                     passage.compute(request)
     return block is not None
@@ -102,18 +128,11 @@ def _pass_a_block(
 class _Passage:
     """One micro-batch on its way: its coroutine, what it waits with, and the trace it leaves."""
 
-    def __init__(
-        self,
-        stack: BlockStack,
-        forward: Callable[[], Any],
-        trained: frozenset[int] | None,
-        budget: ActivationBudget | None,
-    ) -> None:
+    def __init__(self, stack: BlockStack, forward: Callable[[], Any], trained: frozenset[int] | None) -> None:
         self.trace = Trace()
         self.result: Any = None
         self._stack = stack
         self._trained = trained
-        self._budget = budget
         self._coroutine = Coroutine(_with_modes(trained is not None, forward))
         self._answers: list[Answer] = []  # the one before, which rests, and the one to be given
 
@@ -133,7 +152,7 @@ class _Passage:
 
     def compute(self, request: BlockRequest) -> None:
         """Pass the block, and wait with what comes out of it."""
-        outputs, gradients = forward_block(self._stack, request, self.trace, self._trained, self._budget)
+        outputs, gradients = forward_block(self._stack, request, self.trace, self._trained)
         self._answers.append(Answer(outputs, self._stack.keeper, gradients))
         del outputs, request
         for answer in self._answers[:-1]:

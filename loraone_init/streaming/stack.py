@@ -1,4 +1,7 @@
-"""A model's blocks as a stack: how their calls are intercepted, and what holds their weights and inputs."""
+"""A model's blocks as a stack: how their calls are intercepted, and what holds their weights and inputs.
+
+The stack can also be run as a whole, with all weights there: then it has no blocks that calls could stop at.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ModelError, ResourceError, is_out_of_memory
@@ -35,7 +39,11 @@ class BlockRequest:
 
 
 class BlockStack:
-    """A model's blocks, their own forwards, the store that holds their weights, and the keeper of what passes by."""
+    """A model's blocks, their own forwards, the store that holds their weights, and the keeper of what passes by.
+
+    names:       of the blocks at which calls stop, in the order of the model; none while the model is run as a whole.
+    most_tokens: of a micro-batch while the model is run as a whole; None sets no limit.
+    """
 
     def __init__(self, model: nn.Module, names: Sequence[str], store: WeightStore) -> None:
         self.model = model
@@ -44,6 +52,9 @@ class BlockStack:
         self.keeper = Keeper()
         self._modules = [model.get_submodule(name) for name in names]
         self._forwards: list[Callable[..., Any]] = [module.forward for module in self._modules]
+        self.most_tokens: int | None = None
+        self._whole: ExitStack | None = None
+        self._blocks = self.names
 
     @classmethod
     def of(cls, opened: OpenModel) -> BlockStack:
@@ -58,6 +69,38 @@ class BlockStack:
             yield
         finally:
             self.keeper = before
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the model is run as a whole, and could be divided into its blocks."""
+        return self._whole is not None
+
+    @contextmanager
+    def as_a_whole(self, most_tokens: int | None = None) -> Iterator[None]:
+        """Inside, until `divide` is called, all weights are on the device and calls do not stop at blocks.
+
+        most_tokens: of a micro-batch. Raises ResourceError where the weights do not fit.
+        """
+        with ExitStack() as weights:
+            for block in range(len(self.names)):
+                weights.enter_context(self.loaded(block))
+            self._whole, self.names, self.most_tokens = weights, [], most_tokens
+            try:
+                yield
+            finally:
+                self.divide()
+
+    def divide(self) -> None:
+        """Run the model block by block from now on, each block's weights there for as long as it needs them."""
+        if self._whole is not None:
+            weights, self._whole = self._whole, None
+            self.names, self.most_tokens = self._blocks, None
+            weights.close()
 
     @contextmanager
     def intercepted(self) -> Iterator[None]:

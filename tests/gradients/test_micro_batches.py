@@ -17,8 +17,6 @@ from loraone_init.gradients.objective import WholeModel
 from loraone_init.gradients.stream import stream_gradients, stream_losses
 from loraone_init.layers.targets import select_targets
 from loraone_init.models.blocks import find_blocks
-from loraone_init.streaming.activations import ActivationBudget
-from loraone_init.streaming.driver import stream_forward
 from loraone_init.streaming.stack import BlockStack
 from loraone_init.weights.base import ResidentStore
 
@@ -60,21 +58,6 @@ def test_gradients_and_losses_are_those_without(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "micro-batches of that size are halved, and the pass begins anew" in caplog.text
     assert "to 1e-5" in caplog.text
-
-
-def test_only_the_first_attempt_keeps_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take memory, of which there turned out to be too little."""
-    budgets = []
-
-    def recorded(stack, forwards, finish, trained, on_step, budget, on_turn):
-        budgets.append(budget)
-        return stream_forward(stack, forwards, finish, trained, on_step, budget, on_turn)
-
-    monkeypatch.setattr("loraone_init.gradients.stream.stream_forward", recorded)
-    model, budget = make_model("llama").requires_grad_(False), ActivationBudget(2**20)
-    targets, objective = select_targets(model, "all-linear"), CausalLM(model, CPU)
-    stream_gradients(LittleMemory(model, 2), targets, objective, make_batches((9,), rows=4), budget=budget)
-    assert budgets == [budget, None]
 
 
 def test_deterministic() -> None:
@@ -135,7 +118,8 @@ def test_weights_that_do_not_fit() -> None:
 def test_command_says_it_once_and_writes_the_adapter(
     command: Command, tiny_model: Path, tiny_data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command(tiny_model, tiny_data, "-o", out / "a.safetensors").exit_code == 0
+    by_blocks = ("--schedule", "blocks")
+    assert command(tiny_model, tiny_data, "-o", out / "a.safetensors", *by_blocks).exit_code == 0
     forward = BlockStack.run
 
     def little(stack, block, args, kwargs):
@@ -144,7 +128,7 @@ def test_command_says_it_once_and_writes_the_adapter(
         return forward(stack, block, args, kwargs)
 
     monkeypatch.setattr(BlockStack, "run", little)
-    result = command(tiny_model, tiny_data, "-o", out / "b.safetensors")
+    result = command(tiny_model, tiny_data, "-o", out / "b.safetensors", *by_blocks)
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("Out of memory with 8 rows of 6 tokens in model.layers.0") == 1
     assert result.stderr.count("Out of memory") == 1
@@ -163,7 +147,7 @@ def test_an_error_of_another_kind_is_not_tried_again(refused: Refused, monkeypat
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(BlockStack, "run", fail)
-    assert "shapes do not match" in refused("-q")
+    assert "shapes do not match" in refused("-q", "--schedule", "blocks")
     assert len(calls) == 1
 
 

@@ -243,7 +243,7 @@ def test_gamma_is_searched_for_with_rows_held_out(command: Command, t5: Path, ti
 
 
 def test_dry_run_counts_what_decoder_blocks_read(command: Command, t5: Path, tiny_data: Path) -> None:
-    result = command(t5, tiny_data, "--task", "seq2seq-lm", "--dry-run", "--json")
+    result = command(t5, tiny_data, "--task", "seq2seq-lm", "--dry-run", "--json", "--schedule", "blocks")
     memory = json.loads(result.stdout)["memory_bytes"]
     opened = open_model(str(t5), task="seq2seq-lm", weights=False)
     sample = load_batches(str(tiny_data), opened.tokenizer, DataOptions(task="seq2seq-lm"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -56,12 +56,13 @@ class CountingStore(ResidentStore):
         self.present.remove(block)
 
 
-def causal_gradients(model, batches, target_modules="all-linear", store=None):
+def causal_gradients(model, batches, target_modules="all-linear", store=None, whole=False):
     model.requires_grad_(False)
     targets = select_targets(model, target_modules)
     stack = BlockStack(model, find_blocks(model), store or ResidentStore())
-    losses, gradients = stream_gradients(stack, targets, CausalLM(model, CPU), batches)
-    return targets, losses, gradients
+    with stack.as_a_whole() if whole else nullcontext():
+        losses, gradients = stream_gradients(stack, targets, CausalLM(model, CPU), batches)
+        return targets, losses, list(gradients)
 
 
 @pytest.mark.parametrize("name", CAUSAL_CONFIGS)
@@ -71,6 +72,8 @@ def test_equals_whole_model_autograd(name):
     found = {gradient.name: gradient.G for gradient in gradients}
     truth = reference_gradients(model, targets, lambda: reference_loss(model, batches))
     assert {name: relative_error(found[name], truth[name]) < EXACT for name in targets} == dict.fromkeys(targets, True)
+    _, _, row_by_row = causal_gradients(model, batches, whole=True)
+    assert all(torch.equal(gradient.G, found[gradient.name]) for gradient in row_by_row)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])

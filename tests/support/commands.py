@@ -20,8 +20,8 @@ def content(directory: Path) -> dict[str, bytes | None]:
 
 
 def beside_placement(stderr: str) -> str:
-    """What was said but for where the weights are, and that the adapter names paths of this machine."""
-    said = ("Placement: ", "The adapter names its ", "Warning: The adapter names its base by a path ")
+    """What was said but for placement and schedule, and that the adapter names paths of this machine."""
+    said = ("Placement: ", "Schedule: ", "The adapter names its ", "Warning: The adapter names its ")
     return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith(said))
 
 
@@ -29,7 +29,8 @@ def error_line(stderr: str) -> str:
     """The last line, which is the only one but for log messages before it."""
     *before, last = stderr.splitlines()
     assert all(
-        line.startswith(("Warning: ", "Converting ", "Placement: ", "Block inputs ", "Dropped, ")) for line in before
+        line.startswith(("Warning: ", "Converting ", "Placement: ", "Schedule: ", "Block inputs ", "Dropped, "))
+        for line in before
     ), stderr
     assert last.startswith("Error: "), stderr
     return last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from loraone_init.gradients.objective import WholeModel
 from loraone_init.gradients.stream import stream_gradients
 from loraone_init.layers.targets import select_targets
 from loraone_init.models.blocks import find_blocks
-from loraone_init.streaming.activations import ActivationBudget
 from loraone_init.streaming.keeping import keeping
 from loraone_init.streaming.stack import BlockStack
 from loraone_init.weights.base import ResidentStore
@@ -22,14 +22,8 @@ from .causal import reference_gradients, relative_error
 EXACT = 1e-10
 """fp64 on both sides; what is left is the order of summation."""
 
-PLENTY = 2**40
-
-MEMORY = {
-    "recomputed": (None, None),
-    "graphs kept": (PLENTY, None),
-    "on disk": (None, 0),
-}
-"""(bytes for graphs, bytes for block inputs on the device); None: no graphs, all inputs."""
+MEMORY = {"in memory": None, "on disk": 0}
+"""Bytes for block inputs on the device; None sets no limit."""
 
 
 class Blocks(nn.Module):
@@ -54,16 +48,15 @@ def gradients_of(
     model: nn.Module,
     batches: Sequence[Any],
     loss: Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int]] = squares,
-    memory: tuple[int | None, int | None] = (None, None),
+    memory: int | None = None,
+    whole: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Streamed by the blocks in `blocks`; memory: see `MEMORY`."""
-    graphs, inputs = memory
+    """Streamed by the blocks in `blocks`, or run as a whole; memory: see `MEMORY`."""
     model.double().requires_grad_(False)
     stack = BlockStack(model, find_blocks(model, "blocks"), ResidentStore())
-    budget = None if graphs is None else ActivationBudget(graphs)
     targets = select_targets(model, "all-linear")
-    with keeping(inputs) as keeper, stack.kept_by(keeper):
-        _, gradients = stream_gradients(stack, targets, WholeModel(model, loss), batches, budget=budget)
+    with keeping(memory) as keeper, stack.kept_by(keeper), stack.as_a_whole() if whole else nullcontext():
+        _, gradients = stream_gradients(stack, targets, WholeModel(model, loss), batches)
         return {gradient.name: gradient.G for gradient in gradients}
 
 
@@ -71,15 +64,15 @@ def largest_error(
     model: nn.Module,
     batches: Sequence[Any],
     loss: Callable[[nn.Module, Any], tuple[torch.Tensor, torch.Tensor | int]] = squares,
-    memory: tuple[int | None, int | None] = (None, None),
+    memory: int | None = None,
 ) -> float:
-    """Of all layers, relative to whole-model autograd of the mean loss."""
-    found = gradients_of(model, batches, loss, memory)
+    """Of all layers and both schedules, relative to whole-model autograd of the mean loss."""
     targets = select_targets(model, "all-linear")
+    by_schedule = [gradients_of(model, batches, loss, memory, whole) for whole in (False, True)]
 
     def mean() -> torch.Tensor:
         parts = [loss(model, batch) for batch in batches]
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
     truth = reference_gradients(model, targets, mean)
-    return max(relative_error(found[name], truth[name]) for name in targets)
+    return max(relative_error(found[name], truth[name]) for found in by_schedule for name in targets)

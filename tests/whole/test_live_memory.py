@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from loraone_init import open_model
 from loraone_init.gradients.causal_lm import CausalLM
 from loraone_init.gradients.stream import stream_gradients
 from loraone_init.layers.targets import select_targets
-from loraone_init.streaming.activations import ActivationBudget
 from loraone_init.streaming.keeping import Keeper, keeping
 from loraone_init.streaming.stack import BlockStack
 
@@ -89,8 +89,8 @@ class Watched(CausalLM):
         with Watch(self.live):
             return super().forward(batch)
 
-    def finish(self, features, batch, *, backward):
-        losses = super().finish(features, batch, backward=backward)
+    def finish(self, features, batch, **options):
+        losses = super().finish(features, batch, **options)
         self.live.ignore([losses.sums, losses.counts])
         return losses
 
@@ -110,8 +110,8 @@ def measure(
     path: Path,
     rows: int,
     device_bytes: int | None = None,
-    budget: ActivationBudget | None = None,
     in_halves: bool = False,
+    whole: bool = False,
 ) -> tuple[int, int]:
     """Peaks of the live bytes that the keeper does not know, and of those that it does."""
     rows_of_batch = 2 * ROWS_AT_ONCE if in_halves else ROWS_AT_ONCE
@@ -120,12 +120,12 @@ def measure(
     targets = select_targets(opened.module, "all-linear")
     objective = Watched(opened.module, CPU)
     stack = BlockStack.of(opened)
-    with keeping(device_bytes) as keeper, stack.kept_by(keeper):
+    with keeping(device_bytes) as keeper, stack.kept_by(keeper), stack.as_a_whole() if whole else nullcontext():
         live = objective.live = Live(keeper)
         live.ignore([tensor for batch in batches for tensor in batch.values()])
         gc.collect()
         with Watch(live):
-            losses, gradients = stream_gradients(stack, targets, objective, batches, budget=budget, in_halves=in_halves)
+            losses, gradients = stream_gradients(stack, targets, objective, batches, in_halves=in_halves)
             live.ignore([tensor for batch in losses for tensor in (batch.sums, batch.counts)])
             while next(gradients, None) is not None:
                 pass
@@ -165,7 +165,8 @@ def test_live_bytes_in_halves_do_not_grow_with_rows(directory: Callable[[int], P
     assert alone < few <= alone + 4 * sum(rows * columns for rows, columns in BLOCK)
 
 
-def test_activations_that_are_kept_do_grow(directory: Callable[[int], Path]) -> None:
+def test_row_by_row_they_grow_with_depth_but_not_with_rows(directory: Callable[[int], Path]) -> None:
     """What is counted is there to be seen."""
-    peaks = [measure(directory(num_blocks), 8, budget=ActivationBudget(2**40))[0] for num_blocks in (4, 12)]
-    assert peaks[1] > 2 * peaks[0]
+    few, deep, many = (measure(directory(n), rows, whole=True)[0] for n, rows in ((4, 8), (12, 8), (4, 64)))
+    assert deep > 2 * few
+    assert many == few
