@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "scaling.md"
 
 Placement = Literal["device", "host", "disk"]
+Schedule = Literal["rows", "blocks"]
 PASSES = 3  # forward, backward, evaluation: each needs every block once
 WEIGHT, GRADIENT = 2, 4  # bytes of bf16 and fp32
 ACTIVATIONS = (
@@ -100,6 +101,7 @@ H100_NODE = Machine(
     gpus=8,
     svd_overhead=0.05,
 )
+LLAMA_8B = Model("Llama-3.1-8B", 4096, 14336, 1024, 32, 128256)
 LLAMA_70B = Model("Llama-3.1-70B", 8192, 28672, 1024, 80, 128256)
 LLAMA_405B = Model("Llama-3.1-405B", 16384, 53248, 1024, 126, 128256)
 
@@ -109,6 +111,7 @@ class Cost:
     """Of one rank; seconds by stage, in order."""
 
     placement: Placement
+    schedule: Schedule
     device_bytes: float
     host_bytes: float  # of a node
     inputs_on_host: bool
@@ -131,14 +134,45 @@ def device_bytes(model: Model, ranks: int, placement: Placement, inputs: bool = 
     return WEIGHT * (model.outside + blocks * model.block) + gradients + working + kept
 
 
+def device_bytes_by_rows(model: Model, ranks: int) -> float:
+    """All weights, the sums of all layers and a copy of the largest, and a micro-batch of one row in all blocks.
+
+    More rows together take what is left.
+    """
+    gradients = GRADIENT * (model.blocks + model.hidden * model.intermediate)
+    working = ACTIVATIONS * WEIGHT * model.layers * model.widths * model.length + LOGITS
+    return model.weight_bytes + gradients + working
+
+
+def shared_reading(model: Model, ranks: int, machine: Machine) -> Cost:
+    """If the ranks of a node held one copy of the blocks between them, each reading its part and passing it on.
+
+    A block comes over PCIe and the link at once, a part after the other; this is not built.
+    """
+    alone = predict(model, ranks, machine)
+    size, share = WEIGHT * model.blocks, WEIGHT * model.blocks / min(ranks, machine.gpus)
+    load = max(share / machine.host_to_device, (size - share) / machine.link)
+    computed = {stage: seconds for stage, seconds in predict(model, ranks, _reading_free(machine)).seconds.items()}
+    stages = {stage: max(computed[stage], load) for stage in ("forward", "backward", "evaluate")}
+    seconds = {**computed, **stages, "open": WEIGHT * (model.blocks + model.outside) / machine.disk}
+    moved = alone.moved_bytes - PASSES * (size - share)
+    return replace(alone, placement="host", host_bytes=size, moved_bytes=moved, seconds=seconds)
+
+
+def _reading_free(machine: Machine) -> Machine:
+    """The machine with links that take no time: what is left is computing."""
+    return replace(machine, host_to_device=math.inf, disk=math.inf, file_cache=math.inf)
+
+
 def input_bytes(model: Model, ranks: int) -> float:
     """Of all blocks, for the rows of one rank: kept from the forward to the backward."""
     return float(WEIGHT * model.layers * model.hidden * _tokens(model.rows, model, ranks))
 
 
 def predict(model: Model, ranks: int, machine: Machine) -> Cost:
-    """With the first placement that fits, as `--placement auto` chooses."""
+    """With the first placement and schedule that fit, as "auto" chooses."""
     placement, on_host = _place(model, ranks, machine)
+    by_rows = device_bytes_by_rows(model, ranks) <= RESERVE * machine.device_memory
     tokens = _tokens(model.rows, model, ranks)
     evaluated = _tokens(num_evaluated(model.rows), model, ranks)
     rate = machine.matrix_rate * machine.efficiency
@@ -149,7 +183,7 @@ def predict(model: Model, ranks: int, machine: Machine) -> Cost:
     seconds = {
         "open": _open_seconds(model, machine, placement),
         "forward": max(forward / rate, loads[0] + inputs) + head / rate,
-        "backward": max(3 * forward / rate, loads[1] + inputs),
+        "backward": max((2 if by_rows else 3) * forward / rate, loads[1] + inputs),
         "reduce": _reduce_seconds(model, ranks, machine),
         "svd": _svd_seconds(model, ranks, machine),
         "evaluate": max(evaluate / rate, loads[2]),
@@ -159,11 +193,14 @@ def predict(model: Model, ranks: int, machine: Machine) -> Cost:
     kept = input_bytes(model, ranks) if on_host else 0.0
     return Cost(
         placement=placement,
-        device_bytes=device_bytes(model, ranks, placement, not on_host),
+        schedule="rows" if by_rows else "blocks",
+        device_bytes=device_bytes_by_rows(model, ranks)
+        if by_rows
+        else device_bytes(model, ranks, placement, not on_host),
         host_bytes=node * (kept + (WEIGHT * model.blocks if placement == "host" else 0.0)),
         inputs_on_host=on_host,
         moved_bytes=streamed + 2 * kept + (GRADIENT * model.blocks if ranks > 1 else 0.0),
-        flops=4 * forward + head + evaluate,
+        flops=(3 if by_rows else 4) * forward + head + evaluate,
         seconds=seconds,
     )
 
@@ -238,9 +275,9 @@ def machine_for_predictions() -> tuple[Machine, bool]:
     from gpu_cases.shapes import LLAMA_2_7B
 
     cases = json.loads(file.read_text())["cases"]
-    ceilings, ours = cases["ceilings"], cases["ours, device, 64 rows"]
+    ceilings, ours = cases["ceilings"], cases["ours by blocks, device, 64 rows"]
     rate = ceilings["bf16_tflops"] * 1e12
-    reached = stage_flops(LLAMA_2_7B, 64, ours["loss_rows"])["backward"] / ours["stages"]["backward"]
+    reached = stage_flops(LLAMA_2_7B, 64, ours["loss_rows"], "blocks")["backward"] / ours["stages"]["backward"]
     measured = replace(
         H100_NODE,
         matrix_rate=rate,
@@ -254,35 +291,60 @@ def machine_for_predictions() -> tuple[Machine, bool]:
 
 def predictions_table(machine: Machine) -> str:
     lines = [
-        "| model | GPUs | placement | on each GPU | host memory of a node | moved by each GPU | TFLOP of each |"
-        " open | forward | backward | reduce | SVD | evaluate | all |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | GPUs | schedule | placement | on each GPU | host memory of a node | moved by each GPU |"
+        " TFLOP of each | open | forward | backward | reduce | SVD | evaluate | all |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for model in (LLAMA_70B, LLAMA_405B):
+    for model in (LLAMA_8B, LLAMA_70B, LLAMA_405B):
         for ranks in (1, 8, 64):
             cost = predict(model, ranks, machine)
             place = cost.placement + (", inputs in host memory" if cost.inputs_on_host else "")
             amounts = (cost.device_bytes, cost.host_bytes, cost.moved_bytes)
-            cells = [model.name, str(ranks), place, *[f"{amount / 1e9:,.0f} GB" for amount in amounts]]
+            cells = [model.name, str(ranks), cost.schedule, place, *[f"{amount / 1e9:,.0f} GB" for amount in amounts]]
             cells.append(f"{cost.flops / 1e12:,.0f}")
             cells += [f"{seconds:,.0f} s" for seconds in (*cost.seconds.values(), cost.total)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def shared_table(machine: Machine) -> str:
+    """Reading shared between the GPUs of a node, beside each for itself, as the table above has it."""
+    lines = [
+        "| model | GPUs | | host memory of a node | over PCIe, each GPU | forward | backward | evaluate | all |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in (LLAMA_70B, LLAMA_405B):
+        for how, cost in (("each for itself", predict), ("shared", shared_reading)):
+            found = cost(model, 8, machine)
+            amounts = [f"{amount / 1e9:,.0f} GB" for amount in (found.host_bytes, found.moved_bytes)]
+            seconds = [found.seconds[stage] for stage in ("forward", "backward", "evaluate")]
+            cells = [model.name, "8", how, *amounts, *[f"{s:,.0f} s" for s in (*seconds, found.total)]]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def init_table() -> str:
+    """Wall time and memory, as benchmarks/init.py found them."""
+    from init import markdown
+
+    return markdown(json.loads((HERE / "results" / "init.json").read_text()))
+
+
 def cpu_table() -> str:
     """What the stages of benchmarks/init.py reached of that CPU's matrix rate."""
-    from init import stage_flops
+    from init import OURS, stage_flops
 
     result: dict[str, Any] = json.loads((HERE / "results" / "init.json").read_text())
     rate = result["machine"]["matrix_gflops"]
-    lines = ["| rows | stage | GFLOP | seconds | of the matrix rate |", "|---|---|---|---|---|"]
+    lines = ["| rows | schedule | stage | GFLOP | seconds | of the matrix rate |", "|---|---|---|---|---|---|"]
     for rows, case in result["cases"].items():
-        ours = case["ours"]
-        for stage, flops in stage_flops(int(rows), ours["tokens"], ours["label_tokens"]).items():
-            seconds = ours["stages"][stage]
-            share = flops / seconds / 1e9 / rate
-            lines.append(f"| {rows} | {stage} | {flops / 1e9:,.0f} | {seconds:.1f} | {share:.0%} |")
+        for ours in (case[name] for name in OURS):
+            every = stage_flops(int(rows), ours["tokens"], ours["label_tokens"], ours["schedule"])
+            for stage, flops in every.items():
+                seconds = ours["stages"][stage]
+                share = flops / seconds / 1e9 / rate
+                cells = (rows, ours["schedule"], stage, f"{flops / 1e9:,.0f}", f"{seconds:.1f}", f"{share:.0%}")
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"The matrix rate is {rate:.0f} GFLOP/s, of fp32 products of 2048³ on two threads."])
 
 
@@ -296,7 +358,13 @@ def scale_table() -> str:
 def tables() -> dict[str, str]:
     """What stands between the marks of docs/scaling.md."""
     machine, _ = machine_for_predictions()
-    return {"cpu": cpu_table(), "scale": scale_table(), "predictions": predictions_table(machine)}
+    return {
+        "init": init_table(),
+        "cpu": cpu_table(),
+        "scale": scale_table(),
+        "predictions": predictions_table(machine),
+        "shared": shared_table(machine),
+    }
 
 
 def filled_in(text: str) -> str:

@@ -3,10 +3,10 @@
     python benchmarks/gpu.py                        # Llama-2-7B's shape, bf16; under 30 minutes on an H100
     python benchmarks/gpu.py --small --device cpu   # tiny shapes, seconds: whether it works, not a measurement
 
-Ours with the weights on the device, in host memory and on disk, and under a --max-memory that they exceed; PEFT's
-lora_ga; the published procedure. The checkpoint has random weights and is made here: needs no network, and nothing
-beyond torch, transformers, safetensors, numpy, click, rich and PEFT. Each case runs in a process of its own and is
-written to the output when it ends; cases that are there already are not run again.
+Ours row by row; block by block with the weights on the device, in host memory and on disk, and under a --max-memory
+that they exceed; PEFT's lora_ga; the published procedure. The checkpoint has random weights and is made here: needs no
+network, and nothing beyond torch, transformers, safetensors, numpy, click, rich and PEFT. Each case runs in a process
+of its own and is written to the output when it ends; cases that are there already are not run again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpu_cases.cases import NotPossible, run_lora_ga, run_ours, run_published
+from gpu_cases.cases import run_lora_ga, run_ours, run_published
 from gpu_cases.goals import describe_goals, print_table
 from gpu_cases.measure import measure_ceilings
 from gpu_cases.shapes import LLAMA_2_7B, SMALL, Shape, make_checkpoint
@@ -70,13 +70,14 @@ def case_names(shape: Shape) -> list[str]:
     fewest = shape.row_counts[0]
     names = ["checkpoint", "ceilings"]
     for rows in shape.row_counts:
-        names += [f"ours, {placement}, {rows} rows" for placement in PLACEMENTS]
+        names.append(f"ours by rows, device, {rows} rows")
+        names += [f"ours by blocks, {placement}, {rows} rows" for placement in PLACEMENTS]
         names.append(f"PEFT lora_ga, {rows} rows")
-    return [*names, f"ours, capped, {fewest} rows", f"published LoRA-One, {fewest} rows"]
+    return [*names, f"ours by blocks, capped, {fewest} rows", f"published LoRA-One, {fewest} rows"]
 
 
 def run_case(case: str, shape: Shape, checkpoint: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the case measured; {"skipped": why} where it cannot run here."""
+    """What the case measured."""
     device = arguments.device
     if case == "checkpoint":
         make_checkpoint(shape, checkpoint, device)
@@ -85,17 +86,15 @@ def run_case(case: str, shape: Shape, checkpoint: Path, arguments: argparse.Name
         return measure_ceilings(device, checkpoint, PRODUCT[shape.name])
     kind, *middle, rows_text = case.split(", ")
     rows = int(rows_text.split()[0])
-    try:
-        if kind == "PEFT lora_ga":
-            return run_lora_ga(shape, checkpoint, device, rows)
-        if kind == "published LoRA-One":
-            return run_published(shape, checkpoint, device, rows)
-        capped = middle == ["capped"]
-        cap = CAP[shape.name] if capped else None
-        placement = "auto" if capped else middle[0]
-        return run_ours(shape, checkpoint, device, rows, arguments.batch_tokens, placement, cap)
-    except NotPossible as reason:
-        return {"skipped": str(reason)}
+    if kind == "PEFT lora_ga":
+        return run_lora_ga(shape, checkpoint, device, rows)
+    if kind == "published LoRA-One":
+        return run_published(shape, checkpoint, device, rows)
+    capped = middle == ["capped"]
+    cap = CAP[shape.name] if capped else None
+    placement = "auto" if capped else middle[0]
+    schedule = kind.rpartition(" ")[2]
+    return run_ours(shape, checkpoint, device, rows, arguments.batch_tokens, placement, schedule, cap)
 
 
 def run_alone(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -111,9 +110,7 @@ def run_alone(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"    failed: {last}", flush=True)
         return {"error": last[:500]}
     outcome: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    if "skipped" in outcome:
-        print(f"    skipped: {outcome['skipped']}", flush=True)
-    elif "seconds" in outcome:
+    if "seconds" in outcome:
         print(f"    {outcome['seconds']:.1f} s, {outcome['peak_bytes'] / 1e9:.2f} GB", flush=True)
     return outcome
 
@@ -136,7 +133,6 @@ def read_result(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
                 f"{arguments.output} holds other measurements, {before['settings']} on {before['machine']}; give"
                 " another --output"
             )
-        before["cases"] = {name: case for name, case in before["cases"].items() if "skipped" not in case}
         return before
     return {"machine": machine, "settings": settings, "cases": {}}
 

@@ -4,7 +4,8 @@
     python benchmarks/scale.py --quick    # a minute, smallest models, nothing written: to see that it works
 
 Synthetic Llama checkpoints with random weights in fp32, depth 4 to 64 at 8 rows, and 8 to 256 rows at depth 8, rows of
-64 tokens, r = 8, all linear layers of the blocks. Two figures of memory:
+64 tokens, r = 8, all linear layers of the blocks. Ours goes block by block (--schedule blocks), the schedule that is
+made for little memory. Two figures of memory:
 
 process memory       peak resident memory of the whole process, as the operating system counts it.
 device-side memory   peak of the bytes in live tensors at any operation: what torch.cuda.max_memory_allocated tells of
@@ -95,7 +96,19 @@ def compare(work: Path, depth: int, rows: int, sizes: Sizes) -> dict[str, dict[s
         measure([sys.executable, "-c", MAKE, *map(str, (model, depth, sizes.width, WORDS))])
     data.write_text("".join(json.dumps(make_row(index)) + "\n" for index in range(rows)))
     ours = [sys.executable, "-m", "loraone_init", str(model), str(data), "-o", str(work / "ours.safetensors")]
-    ours += ["--samples", str(rows), "--max-length", str(TOKENS), "--placement", "disk", "--overwrite", "--json"]
+    ours += [
+        "--samples",
+        str(rows),
+        "--max-length",
+        str(TOKENS),
+        "--placement",
+        "disk",
+        "--schedule",
+        "blocks",
+        "--gamma",
+        "128",
+    ]
+    ours += ["--overwrite", "--json"]
     shape = [str(model), str(data), str(work / "peft"), "--max-length", str(TOKENS)]
     commands = {"ours": ours, "peft": [sys.executable, str(HERE / "peers" / "peft_lora_ga.py"), *shape]}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,18 +19,19 @@ GAMMA, Q, ITERATIONS = 128.0, 512, 16  # of the published procedure
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class NotPossible(Exception):  # noqa: N818 - no error: the case is left out, and says why
-    """The case needs something that is not there."""
-
-
 def run_ours(
-    shape: Shape, checkpoint: Path, device: str, rows: int, batch_tokens: int, placement: str, max_memory: int | None
+    shape: Shape,
+    checkpoint: Path,
+    device: str,
+    rows: int,
+    batch_tokens: int,
+    placement: str,
+    schedule: str,
+    max_memory: int | None,
 ) -> dict[str, Any]:
     """`initialize`, with its stages. The checkpoint is read from the disk, not from the file cache."""
     from loraone_init import InitConfig, initialize, open_model
 
-    if "placement" not in inspect.signature(open_model).parameters:
-        raise NotPossible("open_model has no placement= yet")
     drop_from_cache(checkpoint)
     monitor = DeviceMonitor(device)
     with monitor.timed("open"):
@@ -40,15 +40,15 @@ def run_ours(
         )
     batches = make_batches(shape, rows, max(1, batch_tokens // shape.length))
     start = time.perf_counter()
-    adapter = initialize(
-        opened, batches, InitConfig(rank=shape.rank, gamma=GAMMA), max_memory=max_memory, monitor=monitor
-    )
+    config = InitConfig(rank=shape.rank, gamma=GAMMA)
+    adapter = initialize(opened, batches, config, max_memory=max_memory, schedule=schedule, monitor=monitor)
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "stages": dict(monitor.seconds),
         "peak_bytes": peak_bytes(device),
-        "placement": getattr(opened, "placement", placement),
+        "placement": opened.placement,
+        "schedule": monitor.schedule,
         "svd_iterations": sum(layer.svd_iterations for layer in adapter.layers.values()),
         "loss": [adapter.loss.before, adapter.loss.after],
         "loss_rows": adapter.loss.rows,

@@ -56,6 +56,11 @@ def test_device_memory_is_the_packages_estimate() -> None:
     assert blocks == pytest.approx(round(blocks), rel=1e-3)  # as many as the placement has on the device
     ours = device_bytes(model, 1, "host") + (round(blocks) - 2) * WEIGHT * model.block
     assert ours == pytest.approx(memory.total, rel=0.01)
+    row = make_batches((512,), rows=1, vocabulary=1000)
+    by_rows = estimate_memory(
+        replace(opened, placement="device"), select_targets(module, "all-linear"), row, schedule="rows"
+    )
+    assert cost_model.device_bytes_by_rows(model, 1) == pytest.approx(by_rows.total, rel=0.01)
 
 
 def test_evaluated_rows_are_the_packages() -> None:
@@ -68,13 +73,25 @@ def test_one_cost_by_hand() -> None:
     machine = replace(H100_NODE, matrix_rate=1.0, efficiency=1.0)
     cost = predict(model, 1, machine)
     forward = 2 * 40 * 32 + 2 * 1 * 32 * 8 * 2
-    assert cost.placement == "device"
+    assert (cost.placement, cost.schedule) == ("device", "rows")
     assert cost.seconds["forward"] == forward + 4 * 10 * 2 * 32
-    assert cost.seconds["backward"] == 3 * forward
+    assert cost.seconds["backward"] == 2 * forward
     assert cost.seconds["evaluate"] == forward / 4 + 2 * 10 * 2 * 8
     assert cost.moved_bytes == 0
-    expected = WEIGHT * (2 * 10 * 2 + 40) + GRADIENT * (40 + 8) + LOGITS + WEIGHT * 32 * 2
-    assert cost.device_bytes == expected
+    weights, sums = WEIGHT * (2 * 10 * 2 + 40), GRADIENT * (40 + 8)
+    widths = 6 * 2 + 2 * 4 + 3 * 4 + 2
+    assert cost.device_bytes == pytest.approx(weights + sums + LOGITS + 1.4 * WEIGHT * widths * 8)
+    by_blocks = predict(replace(model, layers=10**9), 1, machine)
+    assert by_blocks.schedule == "blocks"
+    assert by_blocks.seconds["backward"] == 3 * (by_blocks.seconds["forward"] - 4 * 10 * 2 * 32)
+
+
+def test_shared_reading_divides_what_comes_over_pcie() -> None:
+    alone, shared = (cost(LLAMA_70B, 8, H100_NODE) for cost in (predict, cost_model.shared_reading))
+    size = WEIGHT * LLAMA_70B.blocks
+    assert alone.moved_bytes - shared.moved_bytes == pytest.approx(3 * size * 7 / 8)
+    assert shared.host_bytes == size < alone.host_bytes
+    assert shared.total < alone.total
 
 
 @pytest.mark.parametrize("model", [LLAMA_70B, LLAMA_405B])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -15,8 +14,6 @@ from gpu_cases.goals import describe_goals, stage_flops
 from gpu_cases.shapes import LLAMA_2_7B, SMALL, make_checkpoint
 
 from loraone_init import open_model
-
-HAS_PLACEMENT = "placement" in inspect.signature(open_model).parameters
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +49,24 @@ def test_small_mode(
     assert list(cases) == here == gpu.case_names(SMALL)
     assert cases["ceilings"]["bf16_tflops"] > 0
     for name, case in cases.items():
-        if name.startswith("ours") and not HAS_PLACEMENT:
-            assert case == {"skipped": "open_model has no placement= yet"}
-        elif name not in ("checkpoint", "ceilings"):
+        if name.startswith("ours"):
+            assert case["schedule"] == [name.split(",")[0].removeprefix("ours by "), "as asked for"]
+        if name not in ("checkpoint", "ceilings"):
             assert case["seconds"] > 0
             assert case["peak_bytes"] > 0
     printed = capsys.readouterr().out
-    assert printed.count("goal at most") + printed.count("goal at least") == (7 if HAS_PLACEMENT else 0)
+    assert printed.count("goal at most") + printed.count("goal at least") == 8
     here.clear()
     gpu.main()
-    assert not [name for name in here if "skipped" not in cases[name]]
+    assert not here
 
 
-def test_placements_give_one_loss(here: list[str], work: Path, tmp_path: Path) -> None:
-    if not HAS_PLACEMENT:
-        pytest.skip("open_model has no placement= yet")
+def test_placements_and_schedules_give_one_loss(here: list[str], work: Path, tmp_path: Path) -> None:
     make_checkpoint(SMALL, work / SMALL.name, "cpu")
     given = Namespace(device="cpu", batch_tokens=64)
-    cases = [gpu.run_case(f"ours, {place}, 4 rows", SMALL, work / SMALL.name, given) for place in gpu.PLACEMENTS]
+    names = [name for name in gpu.case_names(SMALL) if name.startswith("ours by") and "capped" not in name]
+    assert len(names) == 4
+    cases = [gpu.run_case(name, SMALL, work / SMALL.name, given) for name in names]
     assert len({tuple(case["loss"]) for case in cases}) == 1
 
 
@@ -88,7 +85,7 @@ def test_checkpoint_has_the_shape_that_flops_are_counted_with(work: Path) -> Non
     inside = sum(module.weight.numel() for module in linear) - SMALL.vocabulary * SMALL.hidden
     assert inside == SMALL.block_parameters
     assert LLAMA_2_7B.block_parameters == 6_476_005_376
-    assert stage_flops(SMALL, 4, 1)["forward"] == 2 * inside * 4 * 32
+    assert stage_flops(SMALL, 4, 1, "rows")["forward"] == 2 * inside * 4 * 32
 
 
 def test_results_of_other_settings_are_kept(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,20 +99,20 @@ def test_results_of_other_settings_are_kept(work: Path, tmp_path: Path, monkeypa
 
 
 def test_goals() -> None:
-    backward = stage_flops(LLAMA_2_7B, 8, 2)["backward"] / 600e12  # seconds at 600 TFLOP/s
+    backward = stage_flops(LLAMA_2_7B, 8, 2, "rows")["backward"] / 600e12  # seconds at 600 TFLOP/s
     ours = {"seconds": 6.0, "peak_bytes": 3e9, "stages": {"backward": backward}, "loss_rows": 2}
     cases = {
         "ceilings": {"bf16_tflops": 800.0},
-        "ours, device, 8 rows": ours,
-        "ours, host, 8 rows": {**ours, "peak_bytes": 5e9},
-        "ours, disk, 8 rows": {"error": "disk full"},
+        "ours by rows, device, 8 rows": ours,
+        "ours by blocks, host, 8 rows": {**ours, "peak_bytes": 5e9},
+        "ours by blocks, disk, 8 rows": {"error": "disk full"},
         "PEFT lora_ga, 8 rows": {"seconds": 9.0, "peak_bytes": 3e10},
         "published LoRA-One, 8 rows": {"seconds": 100.0, "peak_bytes": 3e10},
     }
     lines = describe_goals({"cases": cases}, LLAMA_2_7B)
-    assert "8 rows, host: peak memory of PEFT's: 0.167, goal at most 0.15: NOT reached" in lines
-    assert "8 rows, device: wall time of PEFT's: 0.667, goal at most 0.6: NOT reached" in lines
-    assert "8 rows, disk: peak memory of PEFT's: cannot be told, a case is missing" in lines
+    assert "8 rows, by blocks, host: peak memory of PEFT's: 0.167, goal at most 0.15: NOT reached" in lines
+    assert "8 rows, by rows, device: wall time of PEFT's: 0.667, goal at most 0.6: NOT reached" in lines
+    assert "8 rows, by blocks, disk: peak memory of PEFT's: cannot be told, a case is missing" in lines
     assert "8 rows: wall time of the published: 0.060, goal at most 0.1: reached" in lines
-    rate = "8 rows, device: backward, of the card's measured bf16 matrix rate: 0.75, goal at least 0.5: reached"
+    rate = "8 rows, by rows: backward, of the card's measured bf16 matrix rate: 0.75, goal at least 0.5: reached"
     assert rate in lines

@@ -190,7 +190,7 @@ def test_python_with_a_module_of_ones_own_and_a_matrix(tmp_path):
 
 def test_figures_of_the_cpu_are_those_of_the_benchmark():
     table = load(ROOT / "benchmarks" / "init.py").markdown(json.loads((RESULTS / "init.json").read_text()))
-    assert len(table.splitlines()) == 2 + 4 + 2
+    assert len(table.splitlines()) == 2 + 5 + 4
     assert table in TEXTS["scaling.md"]
 
 
