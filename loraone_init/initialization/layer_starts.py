@@ -21,7 +21,10 @@ from ..linalg.seeding import layer_generator
 from ..linalg.subspaces import split_half_agreements
 from ..linalg.svd import TruncatedSVD, svd_bytes, truncated_svds
 
-_BATCH_BYTES = 2**28
+BATCH_BYTES = 2**28
+"""What the SVDs of one batch take on a GPU, about. Gradients that wait for others of their shape, and what is left of a
+batch while its slowest layers converge, take as much again each.
+"""
 
 
 def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[InitConfig, dict[str, int]]:
@@ -93,7 +96,7 @@ def decompose_layers(
         part = gradient.parts[0]
         shape = (part.shape[0], part.shape[1])
         kind = _Kind(shape, part.dtype, part.device, len(gradient.parts), limits[gradient.name])
-        most = (0 if part.device.type == "cpu" else _BATCH_BYTES) if batch_bytes is None else batch_bytes
+        most = (0 if part.device.type == "cpu" else BATCH_BYTES) if batch_bytes is None else batch_bytes
         waiting[kind].append(gradient)
         del gradient, part
         if sum(kind.svd_bytes * len(alike) for kind, alike in waiting.items()) >= most:
