@@ -163,17 +163,36 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> Millisecon
     return (time.perf_counter() - wall) * 1e3, (time.process_time() - cpu) * 1e3
 
 
+def clock_of(result: dict[str, Any]) -> str:
+    """What is compared: the CPU time on a CPU, and the wall time on a GPU."""
+    return "cpu" if result["machine"]["device"] == "cpu" else "wall"
+
+
+def share_of_training(cases: dict[str, Any], name: str, clock: str) -> float:
+    """Of the time of forward, backward and step, the step's."""
+    step, rest = cases[name][clock]["median"], cases[TRAINING][clock]["median"]
+    return float(step / (step + rest))
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """What docs/training.md says of each rank."""
+    clock = clock_of(result)
+    return [
+        f"r = {rank}: {cases[OURS][clock]['median'] / cases[ALONE][clock]['median']:.1f} times fused AdamW,"
+        f" {share_of_training(cases, OURS, clock):.1%} of the training step"
+        for rank, cases in result["ranks"].items()
+    ]
+
+
 def print_table(result: dict[str, Any]) -> None:
-    """The share is of the CPU time on a CPU, and of the wall time on a GPU."""
-    clock = "cpu" if result["machine"]["device"] == "cpu" else "wall"
+    clock = clock_of(result)
     print(f"{'rank':>4}  {'step':<20} {'wall ms':>8} {'CPU ms':>8} {'range':>15} {'× AdamW':>8} {'of training':>12}")
     for rank, cases in result["ranks"].items():
         for name, case in cases.items():
             wall, cpu, all_of_them = case["wall"]["median"], case["cpu"]["median"], case[clock]["repeats"]
             spread = f"{min(all_of_them):.1f}-{max(all_of_them):.1f}"
-            middle, training = case[clock]["median"], cases[TRAINING][clock]["median"]
-            share = 1.0 if name == TRAINING else middle / (middle + training)
-            times = middle / cases[ALONE][clock]["median"]
+            share = 1.0 if name == TRAINING else share_of_training(cases, name, clock)
+            times = case[clock]["median"] / cases[ALONE][clock]["median"]
             print(f"{rank:>4}  {name:<20} {wall:8.1f} {cpu:8.1f} {spread:>15} {times:8.2f} {share:12.2%}")
 
 
