@@ -28,6 +28,7 @@ ACTIVATIONS = (
 LOGITS = 3 * 4 * 2**22  # bytes of the head's buffers; as in loraone_init.gradients.objective
 RESERVE = 0.9  # of a memory that can be filled
 SVD_VECTORS, SVD_ITERATIONS = 24, 5
+SVD_BATCH = 2**28  # bytes of the gradients in one batch of SVDs; as in loraone_init.initialization.layer_starts
 BLOCKS_ON_DEVICE = {"host": 2, "disk": 2}  # one computes while the next one arrives
 
 
@@ -84,7 +85,7 @@ class Machine:
     link: float  # between the GPUs of a node, one direction
     network: float  # between nodes, for each GPU
     gpus: int  # of a node
-    svd_overhead: float  # seconds for each layer: small products, QR, waiting for the host
+    svd_overhead: float  # seconds for each batch of layers: small products, QR, waiting for the host
 
 
 H100_NODE = Machine(
@@ -263,7 +264,18 @@ def _svd_seconds(model: Model, ranks: int, machine: Machine) -> float:
     largest = model.hidden * model.intermediate
     share = max(model.block / ranks, largest)
     reading = 2 * SVD_ITERATIONS * GRADIENT * share / machine.memory_rate
-    return model.layers * (reading + math.ceil(7 / ranks) * machine.svd_overhead)
+    return model.layers * (reading + max(1.0, svd_batches(model) / ranks) * machine.svd_overhead)
+
+
+def svd_batches(model: Model) -> float:
+    """Of one block: layers of equal shape share one, with those of other blocks too, as long as they are small."""
+    sizes = {  # elements, and how many layers of a block have this shape
+        "q, o": (model.hidden**2, 2),
+        "k, v": (model.hidden * model.kv, 2),
+        "gate, up": (model.hidden * model.intermediate, 2),
+        "down": (model.hidden * model.intermediate, 1),
+    }
+    return sum(count / math.ceil(SVD_BATCH / (GRADIENT * elements)) for elements, count in sizes.values())
 
 
 def machine_for_predictions() -> tuple[Machine, bool]:

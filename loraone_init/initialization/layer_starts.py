@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from ..adapter.records import LayerReport
@@ -16,8 +18,13 @@ from ..layers.targets import layer_shape
 from ..linalg.factors import LoraPair, spectral_init
 from ..linalg.layer_gradient import LayerGradient
 from ..linalg.seeding import layer_generator
-from ..linalg.subspaces import split_half_agreement
-from ..linalg.svd import TruncatedSVD, truncated_svd
+from ..linalg.subspaces import split_half_agreements
+from ..linalg.svd import TruncatedSVD, svd_bytes, truncated_svds
+
+BATCH_BYTES = 2**28
+"""What the SVDs of one batch take on a GPU, about. Gradients that wait for others of their shape, and what is left of a
+batch while its slowest layers converge, take as much again each.
+"""
 
 
 def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[InitConfig, dict[str, int]]:
@@ -43,7 +50,7 @@ class Decomposition:
     """What is kept of a layer's gradient. It is in host memory, so that the device holds nothing that grows with the
     number of layers.
 
-    agreement: how well the two halves of the sample agree (see `split_half_agreement`); None for a gradient that was
+    agreement: how well the two halves of the sample agree (see `split_half_agreements`); None for a gradient that was
                not taken in halves.
     """
 
@@ -51,18 +58,72 @@ class Decomposition:
     agreement: tuple[float, float] | None
 
 
-def decompose(gradient: LayerGradient, limit: int, config: InitConfig) -> Decomposition:
-    """G ≈ U·diag(S)·Vh of rank `limit`. Raises NumericalError, with the layer's name, where G is not finite."""
+@dataclass(frozen=True)
+class _Kind:
+    """What gradients have in common that are decomposed in one batch."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    num_parts: int
+    limit: int
+
+    @property
+    def svd_bytes(self) -> int:
+        """About what the SVD of one of them takes."""
+        return svd_bytes(self.shape, self.limit, self.dtype.itemsize)
+
+
+def decompose_layers(
+    gradients: Iterator[LayerGradient],
+    limits: Mapping[str, int],
+    config: InitConfig,
+    batch_bytes: int | None = None,
+) -> Iterator[tuple[str, Decomposition]]:
+    """The name and the decomposition of each layer, G ≈ U·diag(S)·Vh of the rank that is its limit.
+
+    Gradients of equal shape wait for each other and are decomposed in one batch. Each is dropped once its decomposition
+    is there.
+
+    batch_bytes: once the SVDs of those that wait would take so much memory, one batch is decomposed. By default 0 on a
+                 CPU, where batches gain nothing, so that each is dropped before the next one is asked for; and 256 MiB
+                 on a GPU, which small kernels leave idle.
+
+    Raises NumericalError, with the layer's name, where a gradient is not finite.
+    """
+    waiting: dict[_Kind, list[LayerGradient]] = defaultdict(list)
+    while (gradient := next(gradients, None)) is not None:
+        part = gradient.parts[0]
+        shape = (part.shape[0], part.shape[1])
+        kind = _Kind(shape, part.dtype, part.device, len(gradient.parts), limits[gradient.name])
+        most = (0 if part.device.type == "cpu" else BATCH_BYTES) if batch_bytes is None else batch_bytes
+        waiting[kind].append(gradient)
+        del gradient, part
+        if sum(kind.svd_bytes * len(alike) for kind, alike in waiting.items()) >= most:
+            largest = max(waiting, key=lambda kind: kind.svd_bytes * len(waiting[kind]))
+            yield from _decompose(waiting.pop(largest), largest.limit, config)
+    while waiting:
+        kind, alike = waiting.popitem()
+        yield from _decompose(alike, kind.limit, config)
+
+
+def _decompose(alike: list[LayerGradient], limit: int, config: InitConfig) -> list[tuple[str, Decomposition]]:
+    """Of gradients of one kind, in one batch."""
+    generators = [layer_generator(config.seed, gradient.name) for gradient in alike]
+    agreements: list[tuple[float, float] | None] = [None] * len(alike)
+    host = torch.device("cpu")
     try:
-        svd = truncated_svd(gradient.G, limit, generator=layer_generator(config.seed, gradient.name))
-        in_halves = len(gradient.parts) == 2
-        agreement = split_half_agreement(gradient, min(config.rank, limit), config.seed) if in_halves else None
+        svds = truncated_svds([gradient.G for gradient in alike], limit, generators=generators, device=host)
+        if len(alike[0].parts) == 2:
+            agreements = split_half_agreements(alike, min(config.rank, limit), config.seed)
     except NumericalError as error:
+        name = next((gradient.name for gradient in alike if not gradient.G.isfinite().all()), alike[0].name)
         raise NumericalError(
-            f"the gradient of layer {gradient.name} is not finite; check the weights; in half precision,"
+            f"the gradient of layer {name} is not finite; check the weights; in half precision,"
             ' `dtype="float32"` may help'
         ) from error
-    return Decomposition(svd.on_host(), agreement)
+    found = map(Decomposition, svds, agreements)
+    return [(gradient.name, decomposition) for gradient, decomposition in zip(alike, found, strict=True)]
 
 
 def start_layers(

@@ -19,7 +19,7 @@ from ..linalg.layer_gradient import LayerGradient
 from ..monitor import Monitor
 from ..processes.processes import Processes
 from ..streaming.stack import BlockStack
-from .layer_starts import Decomposition, decompose, start_layers
+from .layer_starts import Decomposition, decompose_layers, start_layers
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,15 @@ class GradientPass:
         return PassResult(losses, pairs, layers)
 
     def _decompose_layers(self, gradients: Iterator[LayerGradient]) -> dict[str, Decomposition]:
-        """Takes the gradients one by one; each is dropped before the next is asked for."""
-        decomposed: dict[str, Decomposition] = {}
+        with self.monitor.timed("svd"):
+            return dict(decompose_layers(self._timed(gradients), self.limits, self.config))
+
+    def _timed(self, gradients: Iterator[LayerGradient]) -> Iterator[LayerGradient]:
+        """The same gradients; the time to get them belongs to the backward."""
         while True:
             with self.monitor.timed("backward"):
                 gradient = next(gradients, None)
             if gradient is None:
-                return decomposed
-            with self.monitor.timed("svd"):
-                decomposed[gradient.name] = decompose(gradient, self.limits[gradient.name], self.config)
-            del gradient
+                return
+            yield gradient
+            del gradient  # before the next one is asked for

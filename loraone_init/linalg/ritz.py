@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+ROUNDING = 10.0
+"""Rounding moves G·v - σ·u and Gᵀ·u - σ·v by up to so many times ε·σ_1 out of the subspace; seen: 9, r to 256."""
+
+ZERO = 10.0
+"""Singular values up to so many times ε·‖G‖_F are rounding, not signal."""
+
 MIN_GAP = 0.01
 """Relative gap (σ_r - σ_{r+1})/σ_r below which the rank-r singular subspaces count as undefined."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .layer_gradient import LayerGradient
 from .seeding import layer_generator
-from .svd import truncated_svd
+from .svd import TruncatedSVD, truncated_svds
 
 SUBSPACE_SINE = 1e-2
 """How accurate the halves' subspaces are: it moves a cos² by 1e-4 at most, and sampling moves it by far more."""
@@ -36,16 +38,30 @@ def _basis(X: torch.Tensor) -> torch.Tensor:
     return basis
 
 
-def split_half_agreement(gradient: LayerGradient, rank: int, seed: int) -> tuple[float, float] | None:
-    """‖U₁ᵀU₂‖²_F/r and ‖V₁ᵀV₂‖²_F/r of the leading r singular vectors of what both halves give of a gradient (out, in).
+def split_half_agreements(gradients: Sequence[LayerGradient], rank: int, seed: int) -> list[tuple[float, float] | None]:
+    """‖U₁ᵀU₂‖²_F/r and ‖V₁ᵀV₂‖²_F/r of the leading r singular vectors of what both halves give of a gradient (out, in),
+    for several gradients that are alike, in one batch.
 
     That is the mean cos² of the r principal angles on either side: the share of one subspace that lies in the other,
     from r/out (r/in) for subspaces that have nothing to do with each other to 1 for the same. It changes smoothly where
     single angles jump: the last one belongs to whatever direction is next to be found.
     None where one of the halves has a numerical rank below r, so that its subspace is not defined.
     """
-    generator = layer_generator(seed, f"{gradient.name}, in halves")
-    one, two = (truncated_svd(G, rank, generator=generator, tolerance=SUBSPACE_SINE) for G in gradient.parts)
+    generators = [layer_generator(seed, f"{gradient.name}, in halves") for gradient in gradients]
+    ones, twos = (
+        truncated_svds(
+            [gradient.parts[half] for gradient in gradients],
+            rank,
+            generators=generators,
+            tolerance=SUBSPACE_SINE,
+            device=torch.device("cpu"),
+        )
+        for half in (0, 1)
+    )
+    return [_agreement(one, two, rank) for one, two in zip(ones, twos, strict=True)]
+
+
+def _agreement(one: TruncatedSVD, two: TruncatedSVD, rank: int) -> tuple[float, float] | None:
     if min(one.rank, two.rank) < rank:
         return None
     output = one.U.double().T @ two.U.double()

@@ -1,34 +1,34 @@
-"""Truncated SVD of a gradient matrix that measures how accurate it is.
+"""Truncated SVD of gradient matrices that measures how accurate it is.
 
 Randomized subspace iteration (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithm 4.4), orthonormalised at every
 half step. No fixed number of iterations suits every gradient: a reconstruction within 0.1 % of the best can rest on
 singular vectors off by a sine of 0.3. So it runs until its own residuals G·v - σ·u show that the reconstruction is
-optimal and the singular subspaces are right (Wedin 1972): in fp32 first, on in fp64 where fp32 rounding is in the way,
-and an exact SVD in fp64 where that is cheaper or the iterations are used up. Equal shapes are not batched: measured on
-CPU, a batch of two costs exactly twice one.
+optimal and the singular subspaces are right (Wedin 1972): in fp32 first, on in fp64 where fp32 rounding is in the way
+(see `subspace_iteration`), and an exact SVD in fp64 where that is cheaper or the iterations are used up.
+
+Matrices of equal shape can be decomposed in one batch. On a GPU a matrix alone is mostly launches of small kernels and
+waiting for them, which a batch shares. On a CPU, a batch of two costs twice one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, NumericalError
+from ..errors import ConfigError
+from .matrix_batches import normalise, residual_norms
 from .precision import full_precision
-from .ritz import MARGIN, MIN_GAP, RitzValues, Triplets
+from .ritz import ROUNDING, ZERO, RitzValues, Triplets
+from .subspace_iteration import iterate
 
 Method = Literal["exact", "randomized"]
 
-_EPS32 = torch.finfo(torch.float32).eps
-_ZERO = 10.0  # singular values up to 10·ε·‖G‖_F are rounding, not signal
-_EXCESS = 1e-5  # how far ‖G - USVh‖_F may lie above the optimum, relatively
-_ROUNDING = 10.0  # rounding moves G·v - σ·u and Gᵀ·u - σ·v by up to 10·ε·σ_1 out of the subspace; seen: 9, r to 256
 _MIN_BUDGET = 16  # iterations that must cost less than one exact SVD for iterating to be worth it
-_BLOCK_ELEMENTS = 2**16  # fp64 entries in flight when the final residual is computed: they stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,6 @@ class TruncatedSVD:
             ritz=ritz,
         )
 
-    def on_host(self) -> TruncatedSVD:
-        """With its tensors in host memory."""
-        return replace(self, U=self.U.cpu(), S=self.S.cpu(), Vh=self.Vh.cpu())
-
 
 def truncated_svd(
     G: Tensor,
@@ -94,35 +90,54 @@ def truncated_svd(
 
     Raises ConfigError for an impossible matrix, rank or oversample, NumericalError if G is not finite.
     """
-    _check_arguments(G, rank, oversample)
-    with torch.no_grad(), full_precision(G.device):
-        G, scale = _normalise(G.to(torch.float64 if G.dtype == torch.float64 else torch.float32))
-        if scale == 0.0:
-            U, Vh = (G.new_zeros(shape).fill_diagonal_(1.0) for shape in ((len(G), rank), (rank, G.shape[1])))
-            zeros = RitzValues([0.0] * (rank + 1), [0.0] * (rank + 1), 0.0)
-            return TruncatedSVD(
-                U=U,
-                S=G.new_zeros(rank),
-                Vh=Vh,
-                rank=0,
-                norm=0.0,
-                captured_energy=1.0,
-                residual=0.0,
-                sine=None,
-                method="exact",
-                iterations=0,
-                ritz=zeros,
-            )
-        norm = float(torch.linalg.vector_norm(G, dtype=torch.float64))
-        q = rank + oversample
-        triplets, iterations = None, 0
-        if budget := _iteration_budget(min(G.shape), q, max_iterations):
-            Omega = torch.randn(G.shape[1], q, generator=generator, device=generator.device).to(G)
-            triplets, iterations = _iterate(G, G @ Omega, rank, norm, tolerance, budget)
-        method: Method = "randomized" if triplets else "exact"
-        if triplets is None:
-            triplets = _exact(G.cpu() if budget else G, rank)  # a matrix worth iterating is too large for the device
-        return _result(G, triplets, norm, scale, method, iterations)
+    (result,) = truncated_svds(
+        [G],
+        rank,
+        generators=[generator],
+        oversample=oversample,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+    )
+    return result
+
+
+@torch.no_grad()
+def truncated_svds(
+    matrices: Sequence[Tensor],
+    rank: int,
+    *,
+    generators: Sequence[torch.Generator],
+    oversample: int = 16,
+    tolerance: float = 1e-3,
+    max_iterations: int | None = None,
+    device: torch.device | None = None,
+) -> list[TruncatedSVD]:
+    """`truncated_svd` of several matrices of one shape, dtype and device in one batch, each with its own generator.
+
+    What differs from one matrix at a time is rounding: S by a few ε·σ_1, vectors by as much as that moves them. The
+    host waits for the device a fixed number of times for the batch and for each iteration of its slowest matrix, and
+    once more for each matrix that the exact SVD takes over.
+
+    device: where the tensors of the results are put; by default where the matrices are.
+
+    Raises ConfigError also where the matrices are not alike.
+    """
+    _check_arguments(matrices, rank, oversample)
+    first = matrices[0]
+    with full_precision(first.device):
+        G = (torch.stack(list(matrices)) if len(matrices) > 1 else first[None]).to(_working_dtype(first))
+        G, scales = normalise(G)
+        given = [i for i, scale in enumerate(scales) if scale > 0.0]
+        results = {
+            i: _of_zeros(first.shape, rank, G.dtype, device or G.device) for i, scale in enumerate(scales) if not scale
+        }
+        if given:
+            G = G[given] if results else G
+            norms: list[float] = torch.linalg.vector_norm(G.flatten(1), dim=1, dtype=torch.float64).tolist()
+            chosen = [generators[i] for i in given]
+            found = _decompose(G, rank, rank + oversample, norms, chosen, tolerance, max_iterations)
+            results |= zip(given, _results(G, found, norms, [scales[i] for i in given], device), strict=True)
+        return [results[i] for i in range(len(scales))]
 
 
 def svd_bytes(shape: tuple[int, int], rank: int, itemsize: int, oversample: int = 16) -> int:
@@ -138,111 +153,111 @@ def svd_bytes(shape: tuple[int, int], rank: int, itemsize: int, oversample: int 
     return itemsize * m * n + work
 
 
-def _iterate(G: Tensor, P: Tensor, r: int, norm: float, tolerance: float, budget: int) -> tuple[Triplets | None, int]:
-    """Converged triplets, or None after `budget` iterations or where rounding prevents them; and the iterations done.
+@dataclass(frozen=True)
+class _Found:
+    """The triplets of one matrix, and how they were found."""
 
-    Starts from P = G·Ω in G's dtype; where that dtype's rounding is in the way, goes on in fp64 from the same subspace.
+    triplets: Triplets
+    method: Method
+    iterations: int
+
+
+def _decompose(
+    G: Tensor,
+    r: int,
+    q: int,
+    norms: Sequence[float],
+    generators: Sequence[torch.Generator],
+    tolerance: float,
+    max_iterations: int | None,
+) -> list[_Found]:
+    """The triplets of each normalised matrix of G (n, m, k) != 0: the exact ones where iterating is not worth it."""
+    budget = _iteration_budget(min(G.shape[1:]), q, max_iterations)
+    if not budget:
+        return [_Found(triplets, "exact", 0) for triplets in _exact(G, r)]
+    draws = [torch.randn(G.shape[2], q, generator=generator, device=generator.device) for generator in generators]
+    runs = iterate(G, G @ torch.stack(draws).to(G), r, norms, tolerance, budget)
+    found = []
+    for i, run in enumerate(runs):
+        if run.triplets:
+            found.append(_Found(run.triplets, "randomized", run.iterations))
+        else:  # a matrix worth iterating is too large for the device
+            (triplets,) = _exact(G[i].cpu()[None], r)
+            found.append(_Found(triplets, "exact", run.iterations))
+    return found
+
+
+def _exact(G: Tensor, r: int) -> list[Triplets]:
+    """Triplets of each matrix of G (n, m, k) from a full SVD in fp64, whose rounding was seen to be larger than that of
+    an iteration: up to 45·ε·σ_1 at 120×120.
     """
-    iterations, previous, eps = 0, 0.0, torch.finfo(G.dtype).eps
-    for dtype in dict.fromkeys((G.dtype, torch.float64)):
-        A, P = G.to(dtype), P.to(dtype)
-        while iterations < budget:
-            triplets, P = _step(A, P, r)
-            iterations += 1
-            if _converged(triplets, norm, eps, tolerance, previous):
-                return triplets, iterations
-            previous = max(triplets.e[:r])
-            if previous <= MARGIN * triplets.rounding:
-                break
-    return None, iterations
-
-
-def _step(G: Tensor, P: Tensor, r: int) -> tuple[Triplets, Tensor]:
-    """Rayleigh-Ritz triplets of QᵀG, Q (m, q) an orthonormal basis of P's columns; and the next P = G·Z.
-
-    QᵀG = RᵀZᵀ, so its SVD leaves GᵀU - V·S = 0 up to rounding, and G·V - U·S follows from the next P. The host waits
-    once, besides what the SVD of R (q, q) needs on a GPU.
-    """
-    Q = torch.linalg.qr(P).Q
-    Z, R = torch.linalg.qr(G.T @ Q)
-    U, S, Vh = torch.linalg.svd(R.T)
-    P = G @ Z
-    U, Vh = Q @ U[:, : r + 1], Vh[: r + 1]
-    E = P @ Vh.T - U * S[: r + 1]
-    host: list[float] = torch.cat([S, torch.linalg.vector_norm(E, dim=0)]).tolist()
-    rounding = _ROUNDING * torch.finfo(G.dtype).eps * host[0]
-    return Triplets(host[: len(S)], host[len(S) :], rounding, U[:, :r], Vh[:r] @ Z.T), P
-
-
-def _converged(t: Triplets, norm: float, eps: float, tolerance: float, previous: float) -> bool:
-    """Whether the reconstruction is optimal, and the subspaces are right or surely undefined.
-
-    The latter only while the largest residual falls below the previous one or is negligible: it grows while a direction
-    just above a flat spectrum is being found.
-    """
-    optimum = max(math.hypot(*t.s[t.r :]) ** 2, norm**2 - math.hypot(*t.s[: t.r]) ** 2 - t.rounding * norm)
-    if MARGIN * t.excess() > _EXCESS * optimum + (_ZERO / 2 * _EPS32 * norm) ** 2:
-        return False
-    last, largest = t.s[t.r - 1], max(t.e[: t.r])
-    unsure = MARGIN * largest + t.rounding  # so far may σ_r lie above s_r
-    undefined = last + unsure <= _ZERO * eps * norm or t.gap + unsure / last < MIN_GAP
-    return t.sine(eps) <= tolerance or (undefined and largest <= max(previous, 1e-3 * MIN_GAP * last))
-
-
-def _exact(G: Tensor, r: int) -> Triplets:
-    """Triplets of G (m, n) from a full SVD in fp64, whose rounding was seen to be larger: up to 45·ε·σ_1 at 120×120."""
     U, S, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    s: list[float] = [*S.tolist(), 0.0]
-    rounding = _ROUNDING * math.sqrt(len(S)) * torch.finfo(torch.float64).eps * s[0]
-    return Triplets(s, [0.0] * (r + 1), rounding, U[:, :r], Vh[:r])
+    factor = ROUNDING * math.sqrt(S.shape[1]) * torch.finfo(torch.float64).eps
+    return [
+        Triplets([*s, 0.0], [0.0] * (r + 1), factor * s[0], U[i, :, :r], Vh[i, :r]) for i, s in enumerate(S.tolist())
+    ]
 
 
-def _result(G: Tensor, t: Triplets, norm: float, scale: float, method: Method, iterations: int) -> TruncatedSVD:
-    """Triplets of the normalised G (m, n) in its dtype, signs fixed, S and norms scaled back."""
+def _results(
+    G: Tensor, found: Sequence[_Found], norms: Sequence[float], scales: Sequence[float], device: torch.device | None
+) -> list[TruncatedSVD]:
+    """Triplets of each normalised matrix of G (n, m, k) in its dtype, signs fixed, S and norms scaled back."""
     eps = torch.finfo(G.dtype).eps
-    U, Vh = t.U.to(G), t.Vh.to(G)
-    sign = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).sign()
-    U, Vh = U * sign, Vh * sign.T
-    rank = sum(s > _ZERO * eps * norm for s in t.s[: t.r])
-    S = torch.tensor(t.s[: t.r], dtype=G.dtype, device=G.device)
-    residual = _residual(G, U, S, Vh)
+    U, Vh = torch.stack([f.triplets.U.to(G) for f in found]), torch.stack([f.triplets.Vh.to(G) for f in found])
+    sign = U.gather(1, U.abs().argmax(dim=1, keepdim=True)).sign()
+    U, Vh = U * sign, Vh * sign.mT
+    S = torch.tensor([f.triplets.s[: f.triplets.r] for f in found], dtype=G.dtype, device=G.device)
+    residuals = residual_norms(G, U, S, Vh)
+    U, Vh = U.to(device or G.device), Vh.to(device or G.device)
+    results = []
+    for i, (f, norm, scale, residual) in enumerate(zip(found, norms, scales, residuals, strict=True)):
+        t = f.triplets
+        rank = sum(s > ZERO * eps * norm for s in t.s[: t.r])
+        results.append(
+            TruncatedSVD(
+                U=_alone(U, i),
+                S=torch.tensor(t.s[: t.r], dtype=G.dtype, device=U.device) * scale,
+                Vh=_alone(Vh, i),
+                rank=rank,
+                norm=norm * scale,
+                captured_energy=1.0 - (residual / norm) ** 2,
+                residual=residual * scale,
+                sine=t.defined_sine(rank, eps),
+                method=f.method,
+                iterations=f.iterations,
+                ritz=t.first(t.r),
+            )
+        )
+    return results
+
+
+def _alone(batch: Tensor, i: int) -> Tensor:
+    """One of a batch, which does not keep the others in memory."""
+    return batch[i].clone() if len(batch) > 1 else batch[0]
+
+
+def _of_zeros(shape: torch.Size, rank: int, dtype: torch.dtype, device: torch.device) -> TruncatedSVD:
+    """The SVD of a matrix of zeros."""
+    m, n = shape
+    U, Vh = (torch.eye(*size, dtype=dtype, device=device) for size in ((m, rank), (rank, n)))
     return TruncatedSVD(
         U=U,
-        S=S * scale,
+        S=U.new_zeros(rank),
         Vh=Vh,
-        rank=rank,
-        norm=norm * scale,
-        captured_energy=1.0 - (residual / norm) ** 2,
-        residual=residual * scale,
-        sine=t.defined_sine(rank, eps),
-        method=method,
-        iterations=iterations,
-        ritz=t.first(t.r),
+        rank=0,
+        norm=0.0,
+        captured_energy=1.0,
+        residual=0.0,
+        sine=None,
+        method="exact",
+        iterations=0,
+        ritz=RitzValues([0.0] * (rank + 1), [0.0] * (rank + 1), 0.0),
     )
 
 
-def _residual(G: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> float:
-    """‖G - U·diag(S)·Vh‖_F in fp64, G (m, n) by blocks of rows."""
-    rows = max(1, _BLOCK_ELEMENTS // G.shape[1])
-    U, SVh = U.double(), S.double()[:, None] * Vh.double()
-    blocks = [
-        torch.linalg.vector_norm(torch.addmm(G[i : i + rows].double(), U[i : i + rows], SVh, alpha=-1))
-        for i in range(0, len(G), rows)
-    ]
-    return float(torch.linalg.vector_norm(torch.stack(blocks)))
-
-
-def _normalise(G: Tensor) -> tuple[Tensor, float]:
-    """G/scale with its largest entry near 1, so that no square underflows; scale = 0 for G = 0.
-
-    The scale is a power of two, which makes this exact: any other would round G and turn its subspaces.
-    """
-    peak = max(abs(float(extreme)) for extreme in G.aminmax())
-    if not math.isfinite(peak):
-        raise NumericalError("not finite: the matrix has NaN or infinite entries")
-    limit = 126 if G.dtype == torch.float32 else 1022  # 2^-limit is still a normal number
-    exponent = max(-limit, min(limit, math.frexp(peak)[1]))
-    return (G * 2.0**-exponent, 2.0**exponent) if peak > 0.0 else (G, 0.0)
+def _working_dtype(G: Tensor) -> torch.dtype:
+    """What G is worked on in: fp32 at least."""
+    return torch.float64 if G.dtype == torch.float64 else torch.float32
 
 
 def _iteration_budget(size: int, q: int, max_iterations: int | None) -> int:
@@ -256,7 +271,11 @@ def _iteration_budget(size: int, q: int, max_iterations: int | None) -> int:
     return wanted if affordable >= _MIN_BUDGET else 0
 
 
-def _check_arguments(G: Tensor, rank: int, oversample: int) -> None:
+def _check_arguments(matrices: Sequence[Tensor], rank: int, oversample: int) -> None:
+    if len({(G.shape, G.dtype, G.device) for G in matrices}) != 1:
+        described = ", ".join(f"{G.dtype} {tuple(G.shape)} on {G.device}" for G in matrices)
+        raise ConfigError(f"SVDs in one batch need matrices of one shape, dtype and device, got {described or 'none'}")
+    G = matrices[0]
     if G.ndim != 2 or not G.is_floating_point():
         raise ConfigError(f"the SVD needs a floating-point matrix, got {G.dtype} of shape {tuple(G.shape)}")
     if not 1 <= rank <= min(G.shape):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraone_init.initialization.estimate import estimate_memory
 from loraone_init.initialization.evaluation import num_evaluated
+from loraone_init.initialization.layer_starts import BATCH_BYTES
 from loraone_init.layers.targets import select_targets
 from loraone_init.models.opening import open_module
 
@@ -108,3 +109,12 @@ def test_what_is_predicted_fits(model: Model, ranks: int) -> None:
     cost = predict(model, ranks, H100_NODE)
     assert cost.device_bytes < H100_NODE.device_memory
     assert cost.host_bytes < H100_NODE.host_memory
+
+
+def test_svd_batches_by_hand() -> None:
+    """Of 2^28 bytes: 64 MiB layers go by four, 4 MiB layers by 64, those of 2^28 bytes alone."""
+    small = Model("small", hidden=4096, intermediate=4096, kv=256, layers=1, vocabulary=1)
+    large = Model("large", hidden=8192, intermediate=8192, kv=8192, layers=1, vocabulary=1)
+    assert cost_model.svd_batches(small) == 2 / 4 + 2 / 64 + 2 / 4 + 1 / 4
+    assert cost_model.svd_batches(large) == 7
+    assert cost_model.SVD_BATCH == BATCH_BYTES

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loraone_init.linalg.layer_gradient import LayerGradient
-from loraone_init.linalg.subspaces import principal_angles, split_half_agreement
+from loraone_init.linalg.subspaces import principal_angles, split_half_agreements
 
 SUBSPACES = 1e-3
 """Of a mean cos²: singular vectors are found to a sine of 1e-2."""
@@ -51,7 +51,7 @@ def matrix(shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 
 def agreement(first: torch.Tensor, second: torch.Tensor, rank: int) -> tuple[float, float] | None:
-    return split_half_agreement(LayerGradient("layer", (first, second)), rank, seed=0)
+    return split_half_agreements([LayerGradient("layer", (first, second))], rank, seed=0)[0]
 
 
 def with_spectrum(shape: tuple[int, int], seed: int) -> torch.Tensor:

@@ -191,7 +191,7 @@ def test_temporary_file_is_gone_after_an_error(
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loraone_init.initialization.layer_starts.truncated_svd", interrupted)
+    monkeypatch.setattr("loraone_init.initialization.layer_starts.truncated_svds", interrupted)
     assert refused("--max-memory", "1MiB").startswith("Error: interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     if open_files is not None:

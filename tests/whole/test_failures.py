@@ -161,7 +161,7 @@ def test_disk_that_fills_up_at_the_very_end(
     [
         "torch.nn.functional.silu",  # in a block
         "torch.nn.functional.embedding",  # in a coroutine
-        "loraone_init.initialization.layer_starts.truncated_svd",
+        "loraone_init.initialization.layer_starts.truncated_svds",
         "loraone_init.adapter.files.save_file",
     ],
 )
