@@ -151,7 +151,7 @@ def _compute(
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
             gamma, report = evaluate_step(
-                evaluator, batches_of(used), found.losses, others, found.pairs, targets, config
+                evaluator, batches_of(used), found.losses, others, found.pairs, found.layers, targets, config
             )
     if opened.checkpoint is not None:
         opened.checkpoint.check_unchanged()
