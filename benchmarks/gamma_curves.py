@@ -23,6 +23,7 @@ from choose_gamma import EXAMPLE, MODELS, opened, write_sentences
 from resuming import earlier_runs, write_runs
 
 from loraone_init import DataOptions, InitConfig, initialize, load_sample
+from loraone_init.adapter.wording import count
 from loraone_init.choosing.gamma import Trials, find_gamma
 from loraone_init.initialization.evaluation import LossEvaluator, applied, first_order_fall
 from loraone_init.layers.targets import select_targets
@@ -159,7 +160,7 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         cells += [f"{at_128:.3f}", f"{best[1]:.3f}", f"{best[0]:.3g}", f"{loss:.3f}", f"{gamma:g}", number]
         lines.append(f"| {' | '.join(map(str, cells))} |")
         passes[number] += 1
-    told = ", ".join(f"{number} in {count} cases" for number, count in sorted(passes.items()))
+    told = ", ".join(f"{number} in {count(cases, 'case')}" for number, cases in sorted(passes.items()))
     return "\n".join([*lines, "", f"Passes: {told}."])
 
 

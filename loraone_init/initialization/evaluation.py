@@ -28,9 +28,13 @@ from ..streaming.stack import BlockStack
 logger = logging.getLogger(__name__)
 
 
+SHORTER_FOR_OTHERS = 2
+"""On rows of the gradient itself longer steps look good than on others: the best ones were seen to be 1.0 to 2.4 times
+as long. So γ is this many times the best one there, where no others are held out."""
+
 OWN_ROWS = (
-    "No rows are held out of the gradient: γ is searched on %d of its own, where a step looks better than on others;"
-    " `held_out` holds some out"
+    "No rows are held out of the gradient, so γ was searched on some of its own (%d). Longer steps look good there than"
+    " on other rows: %g was the best, and %d times that is taken. Rows to hold out would tell more"
 )
 """What is told of such a search."""
 
@@ -124,8 +128,8 @@ def evaluate_step(
     pairs, layers: the factors of each layer for γ = 1, and what is known of its gradient.
 
     γ is config.gamma; where the step then raises the loss, it is doubled until one is found that lowers it, which is
-    suggested. For "auto" it is the one with the lowest loss (`choosing.find_gamma`); where nothing is held out, that is
-    on rows of the gradient, which is told.
+    suggested. For "auto" it is the one with the lowest loss (`choosing.find_gamma`). Where nothing is held out, that is
+    searched on rows of the gradient, and twice as large, which is told.
 
     Raises DataError where no token of rows held out is trained on, NumericalError where their loss is not finite.
     """
@@ -146,9 +150,10 @@ def evaluate_step(
     trials = Trials(loss_at)
     suggested = None
     if config.gamma == AUTO:
-        if not held_out:
-            logger.warning(OWN_ROWS, num_rows)
         gamma = find_gamma(trials, before, first_order_fall(layers, config.scale), config.scale)
+        if not held_out:
+            logger.warning(OWN_ROWS, num_rows, gamma, SHORTER_FOR_OTHERS)
+            gamma *= SHORTER_FOR_OTHERS
     else:
         gamma = float(config.gamma)
         suggested = None if trials(gamma) <= before else first_lower(trials, before, gamma)

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -87,8 +88,8 @@ def measured() -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def interpolated() -> Callable[..., Loss]:
-    """Of benchmarks/gamma_curves.py, whose folder its imports are relative to."""
+def benchmark() -> ModuleType:
+    """benchmarks/gamma_curves.py, whose folder its imports are relative to."""
     folder = ROOT / "benchmarks"
     spec = importlib.util.spec_from_file_location("gamma_curves", folder / "gamma_curves.py")
     assert spec is not None
@@ -98,7 +99,18 @@ def interpolated() -> Callable[..., Loss]:
         patch.setattr(sys, "path", [str(folder), *sys.path])
         patch.setitem(sys.modules, "gamma_curves", module)
         spec.loader.exec_module(module)
-    return module.interpolated
+    return module
+
+
+@pytest.fixture(scope="module")
+def interpolated(benchmark: ModuleType) -> Callable[..., Loss]:
+    found: Callable[..., Loss] = benchmark.interpolated
+    return found
+
+
+def test_documentation_has_the_table(benchmark: ModuleType) -> None:
+    runs = [case.values[0] for case in measured()]
+    assert benchmark.markdown(runs) in (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("run", measured())

@@ -14,6 +14,7 @@ from support.causal import make_batches, make_model, reference_loss
 from torch import nn
 
 from loraone_init import Adapter, InitConfig, initialize
+from loraone_init.cli.init import main
 from loraone_init.errors import AdapterError, ConfigError, DataError, NumericalError
 from loraone_init.initialization.evaluation import applied
 from loraone_init.layers.targets import select_targets
@@ -83,8 +84,9 @@ def test_the_number_found_gives_the_same_adapter_bit_for_bit() -> None:
 
 def test_gradient_is_that_of_the_other_rows_alone() -> None:
     model, batches = make_model("llama", torch.float32), make_batches()
-    without = initialize(model, batches, InitConfig(rank=4))
-    with_others = initialize(model, batches, InitConfig(rank=4), held_out=make_batches((8,), seed=2))
+    config = InitConfig(rank=4, gamma=128.0)
+    without = initialize(model, batches, config)
+    with_others = initialize(model, batches, config, held_out=make_batches((8,), seed=2))
     assert same_factors(without, with_others)
     assert without.loss.sample == with_others.loss.sample
     assert (without.loss.held_out, with_others.loss.held_out) == (False, True)
@@ -136,11 +138,21 @@ def test_losses_that_are_not_finite() -> None:
     assert f'"curve": [[{adapter.loss.curve[0][0]}, null], ' in adapter.metadata()["loraone"]
 
 
-def test_nothing_is_held_out() -> None:
-    with pytest.raises(
-        ConfigError, match=r'gamma "auto" needs rows .*; pass held_out=, or a sample of DataOptions\(held'
-    ):
-        initialize(make_model("llama"), make_batches(), InitConfig(rank=4, gamma="auto"))
+def test_where_nothing_is_held_out_it_is_on_rows_of_the_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    """With a step half as long as the best one there: on others the best one is shorter. It is said, and no error."""
+    adapter = initialize(make_model("llama"), make_batches(), InitConfig(rank=4))
+    loss, curve = adapter.loss, dict(adapter.loss.curve)
+    best = min(curve, key=curve.__getitem__)
+    assert adapter.gamma == 2 * best
+    assert loss.after == curve[adapter.gamma] < loss.before
+    assert not loss.held_out
+    assert f"No rows are held out of the gradient, so γ was searched on some of its own ({loss.rows})" in caplog.text
+    assert f"{best:g} was the best" in caplog.text
+
+
+def test_it_is_the_default_of_both() -> None:
+    (option,) = [parameter for parameter in main.params if parameter.name == "gamma"]
+    assert option.default == InitConfig().gamma == "auto"
 
 
 def test_held_out_rows_without_labels() -> None:

@@ -65,7 +65,7 @@ def test_weights_on_disk_are_not_held_by_graphs(tmp_path):
     """They are dropped between forward and backward, and the adapter is the same."""
     make_model("llama", torch.float32).save_pretrained(tmp_path)
     plain, kept = (
-        initialize(open_model(str(tmp_path)), make_batches(), InitConfig(rank=4), max_memory=memory)
+        initialize(open_model(str(tmp_path)), make_batches(), InitConfig(rank=4, gamma=128.0), max_memory=memory)
         for memory in (None, PLENTY)
     )
     assert plain.metadata() == kept.metadata()
