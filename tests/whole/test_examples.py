@@ -60,13 +60,13 @@ def test_quickstart_notebook_runs(environment, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
     (sizes,) = [cell for cell in notebook.cells if cell.source.startswith("# Smaller numbers are faster.")]
-    sizes.source = "SAMPLES, HELD_OUT, MAX_LENGTH, STEPS = 2, 1, 64, 2"
+    sizes.source = "SAMPLES, MAX_LENGTH, STEPS = 2, 64, 2"
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "A (8, 576) B (576, 8)" in printed
     assert "step  2  loss " in printed
-    assert Adapter.load(tmp_path / "quickstart" / "lora-dir").loss.held_out
+    assert Adapter.load(tmp_path / "quickstart" / "lora-dir").config.gamma == 256
 
 
 def test_quickstart_notebook_is_stored_with_outputs():
@@ -78,9 +78,7 @@ def test_quickstart_notebook_is_stored_with_outputs():
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
     shown = "".join(output["text"] if "text" in output else output["data"]["text/html"] for output in outputs)
-    samples, steps = re.search(
-        r"SAMPLES, HELD_OUT, MAX_LENGTH, STEPS = (\d+), \d+, \d+, (\d+)", code[1].source
-    ).groups()
+    samples, steps = re.search(r"SAMPLES, MAX_LENGTH, STEPS = (\d+), \d+, (\d+)", code[1].source).groups()
     assert f"{samples} of 256 rows" in shown
     assert re.findall(r"step +(\d+)  loss \d", shown)[-1] == steps
     assert re.findall(r"/[\w.-]+/[\w.-]+/", shown) == []
