@@ -108,7 +108,7 @@ def measure(
         samples=rows, held_out=2 * rows, max_length=settings["max_length"], seed=seed, task=model.task
     )
     drawn = load_sample(str(data), model.tokenizer, options, labels=model.labels)
-    fresh = replace(drawn, rows=drawn.held_out[rows:]).batches
+    searched, fresh = (replace(drawn, rows=part).batches for part in (drawn.held_out[:rows], drawn.held_out[rows:]))
     monitor = Monitor()
     adapter = initialize(
         model,
@@ -119,9 +119,9 @@ def measure(
     evaluator = LossEvaluator(BlockStack.of(model), objective, Monitor(), Alone())
     targets = select_targets(model.module, "all-linear", saved=model.saved)
 
-    def loss_on_others(gamma: float) -> float:
+    def loss_with(gamma: float, batches: list[Any] = fresh) -> float:
         with applied(adapter.pairs, targets, adapter.config.scale, gamma / adapter.gamma):
-            return evaluator.mean_loss(fresh)[0]
+            return evaluator.mean_loss(batches)[0]
 
     loss = adapter.loss
     return {
@@ -130,14 +130,14 @@ def measure(
         "rank": rank,
         "gamma": adapter.gamma,
         "before": loss.before,
-        "published": dict(loss.curve)[PUBLISHED_GAMMA],
+        "published": loss_with(PUBLISHED_GAMMA, searched),
         "found": loss.after,
         "others": {
             "before": evaluator.mean_loss(fresh)[0],
-            "published": loss_on_others(PUBLISHED_GAMMA),
-            "found": loss_on_others(adapter.gamma),
-            "twice": loss_on_others(2 * adapter.gamma),
-            "half": loss_on_others(adapter.gamma / 2),
+            "published": loss_with(PUBLISHED_GAMMA),
+            "found": loss_with(adapter.gamma),
+            "twice": loss_with(2 * adapter.gamma),
+            "half": loss_with(adapter.gamma / 2),
         },
         "curve": loss.curve,
         "passes": 1 + len(loss.curve),

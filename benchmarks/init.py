@@ -95,7 +95,7 @@ def limit_seconds(machine: dict[str, Any], ours: dict[str, Any]) -> float:
 
 def commands_for(rows: int, model: Path, data: Path, work: Path, published: bool) -> dict[str, list[str]]:
     ours = [sys.executable, "-m", "loraone_init", str(model), str(data), "-o", str(work / "ours.safetensors")]
-    options = ["--max-length", "256", "--gamma", "128", "--overwrite", "--json"]
+    options = ["--max-length", "256", "--gamma", "128", "--overwrite", "--json"]  # no search: the others have none
     peer = [str(model), str(data)]
     commands = {
         "ours": [*ours, *options],

@@ -96,19 +96,8 @@ def compare(work: Path, depth: int, rows: int, sizes: Sizes) -> dict[str, dict[s
         measure([sys.executable, "-c", MAKE, *map(str, (model, depth, sizes.width, WORDS))])
     data.write_text("".join(json.dumps(make_row(index)) + "\n" for index in range(rows)))
     ours = [sys.executable, "-m", "loraone_init", str(model), str(data), "-o", str(work / "ours.safetensors")]
-    ours += [
-        "--samples",
-        str(rows),
-        "--max-length",
-        str(TOKENS),
-        "--placement",
-        "disk",
-        "--schedule",
-        "blocks",
-        "--gamma",
-        "128",
-    ]
-    ours += ["--overwrite", "--json"]
+    ours += ["--samples", str(rows), "--max-length", str(TOKENS), "--placement", "disk", "--schedule", "blocks"]
+    ours += ["--gamma", "128", "--overwrite", "--json"]  # no search: PEFT has none
     shape = [str(model), str(data), str(work / "peft"), "--max-length", str(TOKENS)]
     commands = {"ours": ours, "peft": [sys.executable, str(HERE / "peers" / "peft_lora_ga.py"), *shape]}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}

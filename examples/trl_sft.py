@@ -1,8 +1,8 @@
 """Fine-tune with TRL from a LoRA-One start: start, training with the preconditioned optimizer, merged model.
 
     pip install -c constraints.txt ".[gguf,data,train]" trl
-    python examples/trl_sft.py demo examples/gsm8k.jsonl -o sft --gamma 256 --max-steps 20
-    python examples/trl_sft.py demo examples/gsm8k.jsonl -o sft --gamma 256 --max-steps 20 --resume    # if interrupted
+    python examples/trl_sft.py demo examples/gsm8k.jsonl -o sft --max-steps 20
+    python examples/trl_sft.py demo examples/gsm8k.jsonl -o sft --max-steps 20 --resume    # if interrupted
 
 In the output directory: `start`, the adapter that the training starts from; `checkpoint-N`; `adapter`, the trained one;
 `merged`, the model with the adapter in its weights. Rows have question and answer, or what TRL reads: prompt and

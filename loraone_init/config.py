@@ -43,7 +43,8 @@ class InitConfig:
     rank:            r, the columns of B and rows of A.
     alpha:           α of LoRA.
     gamma:           γ; the step's largest singular value is s/γ in every layer. "auto": the one with the lowest loss
-                     on rows held out of the gradient, found by a search (`choosing.gamma`); an adapter's is a number.
+                     on rows held out of the gradient, or on some of its own where none are, found by a search
+                     (`choosing.gamma`); an adapter's is a number.
     scaling:         "rslora" for s = α/√r, "lora" for s = α/r.
     target_modules:  "all-linear", a regular expression that matches whole module names, or names, a list or tuple,
                      matched as PEFT does (the module's full name or its dotted ending). Kept as a tuple.
@@ -55,7 +56,7 @@ class InitConfig:
 
     rank: int = 8
     alpha: float = 16.0
-    gamma: float | Auto = PUBLISHED_GAMMA
+    gamma: float | Auto = AUTO
     scaling: Scaling = "rslora"
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     exclude_modules: str | tuple[str, ...] = ()

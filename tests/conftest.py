@@ -21,7 +21,7 @@ import torch
 from click.testing import CliRunner
 from filelock import FileLock
 from support.causal import make_model, make_word_tokenizer
-from support.commands import Command, Refused, content, error_line
+from support.commands import Command, Refused, content, error_line, with_gamma
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -58,7 +58,7 @@ def initialised(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.Temp
     file = tmp_path_factory.mktemp("initialised") / "adapters.safetensors"
     model = open_model(str(tiny_model))
     assert model.tokenizer is not None
-    initialize(model, load_sample(str(tiny_data), model.tokenizer)).save(file)
+    initialize(model, load_sample(str(tiny_data), model.tokenizer), gamma=128.0).save(file)
     return file
 
 
@@ -78,8 +78,8 @@ def _reset_logging() -> None:
 
 @pytest.fixture
 def command() -> Command:
-    """Runs `loraone-init` with some arguments, in this process."""
-    return lambda *arguments: CliRunner().invoke(main, [str(argument) for argument in arguments])
+    """Runs `loraone-init` with some arguments, in this process; γ is 128 unless they have another."""
+    return lambda *arguments: CliRunner().invoke(main, with_gamma(*arguments))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..tasks import NAMES, task_of_peft
 from .records import Curve
-from .wording import cell, code_cell, describe_labels, describe_ranks, loss_text, quoted, yaml_value
+from .wording import cell, code_cell, describe_labels, describe_ranks, loss_text, quoted, warning_of, yaml_value
 
 _CARD = """---
 {base_line}library_name: peft
@@ -29,7 +29,7 @@ tags:
 | Rank, α, γ, scaling | {rank}, {alpha:g}, {gamma:g}, {scaling} |
 {searched}| Mean loss, on {loss_rows} | {before:.4f} before the step, {after} after it |
 | Gradient energy captured, by layer | {least:.1%} at least, {middle:.1%} in the median |
-{training}
+{training}{warning}
 ## Use
 
 ```python
@@ -73,6 +73,7 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         ),
         trainable=", is_trainable=True)  # then any trainer" if training is None else ")",
         training="" if training is None else _training_rows(training),
+        warning=_warning(config["gamma"], loss),
         base_line=f"base_model: {yaml_value(name)}\n" if name else "",
         base=cell(name or "MODEL"),
         base_code=code_cell(name or "MODEL"),
@@ -98,6 +99,12 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         least=min(captured),
         middle=median(captured),
     )
+
+
+def _warning(gamma: float, loss: Mapping[str, Any]) -> str:
+    """A paragraph on a step that does not lower the loss."""
+    text = warning_of(gamma, loss)
+    return "" if text is None else f"\n**Before any training: {cell(text)}.**\n"
 
 
 def _place(name: str | None) -> str:

@@ -8,7 +8,7 @@ from statistics import median
 from textwrap import TextWrapper
 from typing import Any
 
-from .wording import count, describe_growth, describe_ranks, describe_sample, describe_search
+from .wording import count, describe_growth, describe_ranks, describe_sample, describe_search, warning_of
 
 Lines = Sequence[tuple[str, str]]
 """(what is told, in words) from the top down."""
@@ -35,6 +35,7 @@ def overview(record: Mapping[str, Any], ranks: Sequence[int], num_parameters: in
         ("scale", f"s = {record['scale']:.4g} (α = {config['alpha']:g}, {config['scaling']}), γ = {config['gamma']:g}"),
         ("data", describe_sample(sample) if sample else "batches from Python"),
         ("loss", _loss(loss)),
+        *([("WARNING", warning)] if (warning := warning_of(config["gamma"], loss)) else []),
         (
             "captured energy",
             f"{min(captured):.1%} of the gradient at least, {median(captured):.1%} in the median layer",
@@ -78,10 +79,7 @@ def _base(base: Mapping[str, Any]) -> str:
 def _loss(loss: Mapping[str, Any]) -> str:
     after = "a number that is not finite" if loss["after"] is None else f"{loss['after']:.4f}"
     which = "held out of the gradient" if loss["held_out"] else "of those that the gradient is from"
-    text = f"{loss['before']:.4f} before the step, {after} after it, on {count(loss['rows'], 'row')} {which}"
-    if loss["suggested_gamma"] is not None:
-        text += f"; the step raises it: try γ = {loss['suggested_gamma']:g}, which gave {loss['suggested_loss']:.4f}"
-    return text
+    return f"{loss['before']:.4f} before the step, {after} after it, on {count(loss['rows'], 'row')} {which}"
 
 
 def _training(training: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import printable
 from .records import Curve, GrowthStage
 
+_BETTER = "Plain LoRA is the better start here, unless more samples help"
 _PLAIN = re.compile(r"[A-Za-z./][\w./@-]*", re.ASCII)
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|#&])")
@@ -99,3 +100,18 @@ def describe_search(gamma: float, curve: Curve) -> str:
     """256, found by search: 128 1.7300, 256 1.5090, 512 1.5110."""
     tried = ", ".join(f"{tried:g} {loss_text(loss)}" for tried, loss in curve)
     return f"{gamma:g}, found by search: {tried}"
+
+
+def warning_of(gamma: float, loss: Mapping[str, Any]) -> str | None:
+    """What to say loudly of a step that does not lower the loss; None where it does. loss: its record."""
+    before, after, curve = loss["before"], loss["after"], loss["curve"]
+    if after is not None and (after < before if curve else after <= before):
+        return None
+    course = f"{before:.4f} → {loss_text(after)}"
+    if curve:
+        rows = "rows held out" if loss["held_out"] else "rows it was tried on"
+        return f"NO γ of {len(curve)} lowers the loss on the {rows}; the step at γ = {gamma:g}: {course}. {_BETTER}"
+    text = f"the step RAISES the loss: {course} at γ = {gamma:g}"
+    if loss["suggested_gamma"] is None:
+        return f"{text}. {_BETTER}"
+    return f"{text}. Try --gamma {loss['suggested_gamma']:g}: {loss['suggested_loss']:.4f} on the same rows"

@@ -12,8 +12,8 @@ import click
 from click.core import ParameterSource
 
 from ..choosing.sample_size import DEFAULT_MAX_SAMPLES, Growth
-from ..config import AUTO, InitConfig, Scaling, Schedule
-from ..data.options import DataOptions
+from ..config import AUTO, PUBLISHED_GAMMA, InitConfig, Scaling, Schedule
+from ..data.options import HELD_OUT, DataOptions
 from ..failures import one_line_errors
 from ..tasks import TASKS
 from ..version import __version__
@@ -83,8 +83,9 @@ _memory = under("Memory and speed")
 )
 @_data(
     "--held-out",
-    type=click.IntRange(min=1),
-    help="Rows to draw beside these, for losses on rows not in the gradient.  [default: 16 with --gamma auto]",
+    type=click.IntRange(min=0),
+    help="Rows to draw beside these, for the search of γ and losses on rows not in the gradient.  [default:"
+    f" {HELD_OUT} with --gamma auto, else 0]",
 )
 @_data("--max-length", default=DataOptions.max_length, type=click.IntRange(min=2), help="Tokens kept of a row.")
 @row_options
@@ -95,7 +96,7 @@ _memory = under("Memory and speed")
     type=OrAuto(click.FLOAT),
     metavar="X|auto",
     help="γ: the step's largest singular value is s/γ in every layer. auto: the one with the lowest loss on rows held"
-    " out.",
+    f" out; {PUBLISHED_GAMMA:g}: the published one.",
 )
 @_step("--alpha", default=InitConfig.alpha, help="LoRA's α.")
 @_step(
@@ -177,7 +178,7 @@ def _run(processes: Processes, options: InitOptions) -> None:
     from ..machine import own_peaks, use_one_heap
     from .bars import Bars
     from .dry_run import plan, print_plan
-    from .summary import print_summary, summarize, warn_if_worse
+    from .summary import print_summary, print_warning, summarize
 
     config, growth, wanted, max_bytes = options.config(), options.growth(), options.rows(), options.max_bytes()
     is_main, output = processes.index == 0, options.output
@@ -225,7 +226,7 @@ def _run(processes: Processes, options: InitOptions) -> None:
     _tell_paths(adapter, output)
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)
-    warn_if_worse(adapter.loss, adapter.gamma)
+    print_warning(summary)
 
 
 def _open(processes: Processes, options: InitOptions, max_bytes: int | None, labels: LabelSource) -> OpenModel:

@@ -135,10 +135,13 @@ def _write_page(
 def _as_json(
     path: Path, adapter: Adapter, facts: list[LayerFacts], anomalies: list[Anomaly], comparison: Comparison | None
 ) -> dict[str, Any]:
+    from ..adapter.wording import warning_of
+
     return {
         "adapter": str(path),
         "gamma": adapter.gamma,
         "loss": asdict(adapter.loss),
+        "warning": warning_of(adapter.gamma, asdict(adapter.loss)),
         "anomalies": [asdict(anomaly) for anomaly in anomalies],
         "layers": {fact.name: {**asdict(fact.report), "step_singular_values": fact.step} for fact in facts},
         "growth": asdict(adapter.growth) if adapter.growth else None,

@@ -13,8 +13,7 @@ from rich.console import Console
 
 from ..adapter.adapter import Adapter
 from ..adapter.files import DIRECTORY_FILES, is_single_file
-from ..adapter.records import LossReport
-from ..adapter.wording import count, describe_growth, describe_sample, describe_search, loss_text
+from ..adapter.wording import count, describe_growth, describe_sample, describe_search, loss_text, warning_of
 from ..errors import printable
 from ..layers.expert_layout import expert_names
 from ..machine import Peaks, describe_size
@@ -56,6 +55,7 @@ def summarize(
         "growth": None if adapter.growth is None else asdict(adapter.growth),
         "loss": asdict(adapter.loss),
         "schedule": None if monitor.schedule is None else dict(zip(("chosen", "why"), monitor.schedule, strict=True)),
+        "warning": warning_of(adapter.gamma, asdict(adapter.loss)),
         "seconds": {stage: round(seconds, 3) for stage, seconds in monitor.seconds.items()},
         "processes": len(processes),
         "peak_memory_bytes": max((peak for peak in resident if peak is not None), default=None),
@@ -86,20 +86,11 @@ def print_summary(summary: Mapping[str, Any], as_json: bool) -> None:
         _print_table(summary)
 
 
-def warn_if_worse(loss: LossReport, gamma: float) -> None:
-    """Say loudly, on standard error, that the step raises the loss."""
-    if loss.after is not None and (loss.after < loss.before if loss.curve else loss.after <= loss.before):
-        return
-    course = f"{loss.before:.4f} → {loss_text(loss.after)}"
-    text = f"WARNING: the step RAISES the loss: {course} at γ = {gamma:g}."
-    if loss.curve:
-        text = (
-            f"WARNING: NO γ of {len(loss.curve)} lowers the loss on the rows held out; the step at"
-            f" γ = {gamma:g}: {course}."
-        )
-    if loss.suggested_gamma is not None:
-        text += f" Try --gamma {loss.suggested_gamma:g}: {loss.suggested_loss:.4f} on the same rows."
-    Console(stderr=True).print(printable(text), style="bold red", markup=False, soft_wrap=True)
+def print_warning(summary: Mapping[str, Any]) -> None:
+    """Say loudly, on standard error, that the step does not lower the loss, where that is so."""
+    if summary["warning"] is not None:
+        text = printable(f"WARNING: {summary['warning']}.")
+        Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
 
 
 def _print_table(summary: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ CPU_BATCH_TOKENS = 512
 GPU_BATCH_TOKENS = 8192
 """A GPU wants thousands of tokens at once."""
 
-HELD_OUT = 16
+HELD_OUT = 8
 """Rows that a search for γ holds out, unless told otherwise."""
 
 
@@ -37,7 +37,7 @@ class DataOptions:
     seed:            of the draw.
     task:            of the model: what the rows are for.
     held_out:        rows to draw after those, for losses of rows the gradient is not from; see
-                     `sampling.divide_rows`. None: 16 where `initialize` draws the rows and searches for γ, else none.
+                     `sampling.divide_rows`. None: 8 where `initialize` draws the rows and searches for γ, else none.
     """
 
     samples: int = 64

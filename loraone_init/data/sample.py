@@ -142,8 +142,7 @@ def load_sample(
 
     All rows of a file or of Python are looked at, those of a hub data set as they are drawn.
 
-    Raises DataError where the rows cannot be read, do not fit a format, have no token to train on, or are too few to
-    hold one out.
+    Raises DataError where the rows cannot be read, do not fit a format, or have no token to train on.
     """
     options = options or DataOptions()
     num_held_out = options.held_out or 0

@@ -120,9 +120,7 @@ def divide_rows(
 
     used, beyond: rows drawn for the gradient, and after them, of other content; where these are fewer than `held_out`,
     all rows are drawn. Then a quarter of all is held out, `held_out` at most, and what `beyond` lacks of them is taken
-    from the end of `used`, a row with all its copies.
-
-    Raises DataError where nothing would be left for the gradient.
+    from the end of `used`, a row with all its copies. Where nothing would be left for the gradient, none is held out.
     """
     if len(beyond) >= held_out:
         return list(used), list(beyond)
@@ -138,10 +136,11 @@ def divide_rows(
     kept = [row for row, content in zip(used, contents, strict=True) if content not in moved]
     held = [row for row, content in zip(used, contents, strict=True) if content in moved] + list(beyond)
     if not kept:
-        raise DataError(
-            f"{quoted(source)} has {num_rows} trainable row{'s' * (num_rows > 1)}, of which none can be held out of the"
-            " gradient; two that differ are needed at least, or hold none out (a number for `gamma`)"
+        logger.warning(
+            "%s has %d trainable row%s, of which none can be held out of the gradient: that takes two that differ",
+            *(quoted(source), num_rows, "s" * (num_rows > 1)),
         )
+        return list(used), []
     logger.warning(
         "Of %d trainable rows, fewer than were asked for, %d are for the gradient and %d are held out of it",
         *(num_rows, len(kept), len(held)),

@@ -61,7 +61,7 @@ def initialize(
 ) -> Adapter:
     """The LoRA-One adapter of `model` for `data`; the model is left as it was.
 
-        initialize("demo", "examples/gsm8k.jsonl", gamma=256).save("adapters.safetensors")
+        initialize("demo", "examples/gsm8k.jsonl", rank=16).save("adapters.safetensors")
 
     model:   a directory, a hub id, a .gguf file or "demo" (see `open_model`); what `open_model` returned; or any module
              with linear layers, which then stays where it is.
@@ -71,8 +71,9 @@ def initialize(
              batches. A generator is read once.
     config:  rank, γ, layers; the defaults of `InitConfig` if it is left out.
     held_out: what is in no gradient: batches of the same kind, a `Sample`, or how many rows to draw for it; by default
-             what a `Sample` holds out, and 16 rows where rows are drawn here and config.gamma is "auto". The losses
-             before and after the step are then on these, and they are what γ is searched with.
+             what a `Sample` holds out, and 8 rows where rows are drawn here and config.gamma is "auto". The losses
+             before and after the step are then on these, and they are what γ is searched with. Where nothing is held
+             out, that is on some of the gradient's own rows, with a warning where γ is searched.
     loss:    loss(model, batch) -> (summed loss, number of terms), for all but these transformers models.
     max_memory: bytes that may be used on the device (on a CPU: by the process); None: what is free.
     schedule: "rows" takes each micro-batch forward and backward through the whole model at once: three forwards' work,
@@ -92,9 +93,9 @@ def initialize(
              place of the model's own. `seed` is for all of these.
 
     Raises LoraOneError: ModelError (cannot be opened, nothing to adapt, weights that were overwritten meanwhile),
-    ConfigError (an option that is unknown, out of range or would have to be ignored; γ to be searched with nothing held
-    out; processes that were given different things), DataError (cannot be read, nothing to
-    train on), NumericalError (a loss or gradient is not finite; names the layer).
+    ConfigError (an option that is unknown, out of range or would have to be ignored; processes that were given
+    different things), DataError (cannot be read, nothing to train on), NumericalError (a loss or gradient is not
+    finite; names the layer).
     """
     monitor = monitor or Monitor()
     processes = processes or Alone()
@@ -160,7 +161,7 @@ def _compute(
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
             gamma, report = evaluate_step(
-                evaluator, batches_of(used), found.losses, others, found.pairs, targets, config
+                evaluator, batches_of(used), found.losses, others, found.pairs, found.layers, targets, config
             )
     if opened.checkpoint is not None:
         opened.checkpoint.check_unchanged()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..choosing.sample_size import DEFAULT_MAX_SAMPLES, Growth
-from ..config import AUTO, InitConfig
+from ..config import InitConfig
 from ..data.classification_rows import read_labels
-from ..data.options import HELD_OUT, DataOptions
+from ..data.options import DataOptions
 from ..data.rows import Rows, is_dataset, read_rows
 from ..data.sample import Sample, load_sample
 from ..errors import ConfigError, DataError, ModelError
@@ -122,11 +122,6 @@ def resolve(
         others = others.for_device(opened.device.type).batches
     elif not isinstance(others, list):
         others = given.held_out_batches if isinstance(given, Sample) else []
-    if chosen.config.gamma == AUTO and not others:
-        raise ConfigError(
-            'gamma "auto" needs rows that the gradient is not from; pass held_out=, or a sample of'
-            f" DataOptions(held_out={HELD_OUT})"
-        )
     return Inputs(opened, given, others, chosen.config)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from ..adapter.records import Curve, GrowthReport
+from ..adapter.records import GrowthReport, LossReport
 from .charts import Cell, Drawing, Series, heat_map, line_chart, search_chart
 from .facts import LayerFacts, by_depth, by_kind
 from .layer_names import short_kinds
@@ -116,10 +116,12 @@ def _depth_map(
     return heat_map([names[kind] for kind in kinds], [str(depth) for depth in depths], cells, between, scale)
 
 
-def search_figure(curve: Curve, rows: int, before: float, gamma: float) -> Figure:
-    """The losses for all γ that were tried on `rows` rows, `before` without a step, and the γ that was taken."""
-    text = f"Mean on {rows} rows that the gradient is not from; the larger γ, the shorter the step (open: higher up)"
-    return Figure("Held-out loss against γ", text, search_chart(curve, before, gamma))
+def search_figure(loss: LossReport, gamma: float) -> Figure:
+    """The losses for all γ that were tried, the one without a step, and the γ that was taken."""
+    rows = f"{loss.rows} rows that the gradient is {'not ' * loss.held_out}from"
+    text = f"Mean on {rows}; the larger γ, the shorter the step (open: higher up)"
+    title = "Held-out loss against γ" if loss.held_out else "Loss against γ"
+    return Figure(title, text, search_chart(loss.curve, loss.before, gamma))
 
 
 def growth_figure(growth: GrowthReport) -> Figure:

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..adapter.adapter import Adapter
-from ..adapter.wording import describe_growth, describe_ranks, loss_text
+from ..adapter.wording import describe_growth, describe_ranks, loss_text, warning_of
 from .charts import NUM_COLORS
 from .comparison import Comparison
 from .facts import Anomaly, LayerFacts, by_depth
@@ -75,7 +75,8 @@ def render_page(
         more_anomalies=len(anomalies) - MAX_ANOMALIES,
         stacks={stack: figures_of_stack(layers) for stack, layers in by_stack(facts).items()},
         losses=_losses(adapter),
-        search=search_figure(loss.curve, loss.rows, loss.before, adapter.gamma) if loss.curve else None,
+        warning=warning_of(adapter.gamma, asdict(loss)),
+        search=search_figure(loss, adapter.gamma) if loss.curve else None,
         growth=describe_growth(asdict(growth)) if growth else None,
         growth_figure=growth_figure(growth) if growth else None,
         comparison=_comparison(facts, comparison, other_name) if comparison else None,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..adapter.adapter import Adapter
 from ..adapter.records import LayerReport
-from ..adapter.wording import count, describe_growth, describe_ranks, describe_search, loss_text
+from ..adapter.wording import count, describe_growth, describe_ranks, describe_search, loss_text, warning_of
 from ..errors import printable
 from ..terminal import print_facts, print_figures
 from .comparison import Comparison, LayerComparison
@@ -84,6 +84,8 @@ def _head(adapter: Adapter) -> list[tuple[str, str]]:
     }
     if loss.curve:
         lines["γ"] = describe_search(adapter.gamma, loss.curve)
+    if warning := warning_of(adapter.gamma, asdict(loss)):
+        lines["WARNING"] = warning
     if adapter.growth is not None:
         lines["samples"] = describe_growth(asdict(adapter.growth))
     if adapter.training is not None:

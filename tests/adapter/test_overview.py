@@ -53,7 +53,9 @@ def test_summary_says_what_the_record_has(adapter: Adapter) -> None:
 
 def test_summary_of_a_step_that_is_too_long(adapter: Adapter) -> None:
     words = " ".join(with_loss(adapter, 2.0, 512.0).summary().split())
-    assert "2.0000 after it, on 2 rows of those that the gradient is from; the step raises it: try γ = 512" in words
+    assert "2.0000 after it, on 2 rows of those that the gradient is from" in words
+    assert "WARNING the step RAISES the loss" in words
+    assert "Try --gamma 512" in words
 
 
 def test_summary_of_all_that_can_be_chosen(tiny_model, tiny_data) -> None:

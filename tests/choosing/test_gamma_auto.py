@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from support.causal import make_batches, make_model, reference_loss
 from torch import nn
 
 from loraone_init import Adapter, InitConfig, initialize
+from loraone_init.cli.init import main
 from loraone_init.errors import AdapterError, ConfigError, DataError, NumericalError
 from loraone_init.initialization.evaluation import applied
 from loraone_init.layers.targets import select_targets
@@ -20,8 +22,8 @@ from loraone_init.layers.targets import select_targets
 FP32 = 1e-6
 """Factors are fp32, so that losses of an fp64 model differ by their rounding."""
 
-NEAR = 0.01
-"""Of the best fall of the loss, what a lattice of 2^(1/4) may miss: 0.5 % on a parabola, where γ is 2^(1/8) beside."""
+NEAR = 0.03
+"""Of the best fall of the loss, what a lattice of 2^(1/4) may miss: 3 % on a parabola, where γ is a place beside."""
 
 
 def losses_by_gamma(
@@ -50,7 +52,6 @@ def test_against_a_dense_grid(name: str, alpha: float) -> None:
     assert loss.before == pytest.approx(reference_loss(model, held_out).item(), rel=FP32)
     grid = [adapter.gamma * 2 ** (k / 8) for k in range(-24, 25)]
     best = min(losses_by_gamma(model, adapter, held_out, grid))
-    assert loss.after <= dict(loss.curve)[128.0]
     assert loss.before - loss.after >= (1 - NEAR) * (loss.before - best) > 0
     tried = [gamma for gamma, _ in loss.curve]
     expected = losses_by_gamma(model, adapter, held_out, tried)
@@ -83,8 +84,9 @@ def test_the_number_found_gives_the_same_adapter_bit_for_bit() -> None:
 
 def test_gradient_is_that_of_the_other_rows_alone() -> None:
     model, batches = make_model("llama", torch.float32), make_batches()
-    without = initialize(model, batches, InitConfig(rank=4))
-    with_others = initialize(model, batches, InitConfig(rank=4), held_out=make_batches((8,), seed=2))
+    config = InitConfig(rank=4, gamma=128.0)
+    without = initialize(model, batches, config)
+    with_others = initialize(model, batches, config, held_out=make_batches((8,), seed=2))
     assert same_factors(without, with_others)
     assert without.loss.sample == with_others.loss.sample
     assert (without.loss.held_out, with_others.loss.held_out) == (False, True)
@@ -99,7 +101,7 @@ def test_other_tasks(kind: str) -> None:
         model, batches, held_out = make_seq2seq("t5"), make_batches(), make_batches(seed=2)
     adapter = initialize(model, batches, InitConfig(rank=4, gamma="auto"), held_out=held_out)
     curve = dict(adapter.loss.curve)
-    assert adapter.loss.after == min(curve.values()) == curve[adapter.gamma] <= curve[128.0]
+    assert adapter.loss.after == min(curve.values()) == curve[adapter.gamma]
     assert adapter.loss.after < adapter.loss.before
 
 
@@ -121,25 +123,36 @@ def test_module_of_ones_own() -> None:
 
 
 def test_losses_that_are_not_finite() -> None:
-    """exp of what a long step does is infinite, and a γ is found all the same."""
+    """Of all but very short steps, of which the slope says nothing; a γ is found all the same."""
     torch.manual_seed(0)
     model, batches, held_out = nn.Linear(6, 6), [torch.randn(9, 6)], [torch.randn(30, 6)]
+    before = deepcopy(model)
 
     def loss(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return (model(x) - x).square().sum(dim=1).exp().sum(), len(x)
+        far = (model(x) - before(x)).abs().amax() > 0.01
+        return torch.where(far, math.inf, squares(model, x)[0]), x.numel()
 
-    adapter = initialize(model, batches, InitConfig(rank=4, gamma="auto", alpha=4000.0), held_out=held_out, loss=loss)
-    curve = dict(adapter.loss.curve)
-    assert curve[128.0] is None
+    adapter = initialize(model, batches, InitConfig(rank=4, gamma="auto"), held_out=held_out, loss=loss)
+    assert adapter.loss.curve[0][1] is None
     assert adapter.loss.after < adapter.loss.before
-    assert '"curve": [[128.0, null], ' in adapter.metadata()["loraone"]
+    assert f'"curve": [[{adapter.loss.curve[0][0]}, null], ' in adapter.metadata()["loraone"]
 
 
-def test_nothing_is_held_out() -> None:
-    with pytest.raises(
-        ConfigError, match=r'gamma "auto" needs rows .*; pass held_out=, or a sample of DataOptions\(held'
-    ):
-        initialize(make_model("llama"), make_batches(), InitConfig(rank=4, gamma="auto"))
+def test_where_nothing_is_held_out_it_is_on_rows_of_the_gradient(caplog: pytest.LogCaptureFixture) -> None:
+    """With a step half as long as the best one there: on others the best one is shorter. It is said, and no error."""
+    adapter = initialize(make_model("llama"), make_batches(), InitConfig(rank=4))
+    loss, curve = adapter.loss, dict(adapter.loss.curve)
+    best = min(curve, key=curve.__getitem__)
+    assert adapter.gamma == 2 * best
+    assert loss.after == curve[adapter.gamma] < loss.before
+    assert not loss.held_out
+    assert f"No rows are held out of the gradient, so γ was searched on some of its own ({loss.rows})" in caplog.text
+    assert f"{best:g} was the best" in caplog.text
+
+
+def test_it_is_the_default_of_both() -> None:
+    (option,) = [parameter for parameter in main.params if parameter.name == "gamma"]
+    assert option.default == InitConfig().gamma == "auto"
 
 
 def test_held_out_rows_without_labels() -> None:

@@ -30,7 +30,7 @@ SAME_STEP = 1e-5
 
 SAME_LOSS = 1e-6
 LENGTH = 12
-RANK4 = InitConfig(rank=4)
+RANK4 = InitConfig(rank=4, gamma=128.0)
 
 
 def rows_of(number: int, seed: int | None) -> list[dict[str, torch.Tensor]]:
@@ -170,12 +170,12 @@ def test_agreement_is_kept_by_layer() -> None:
 def test_layers_of_lower_rank_are_left_out_and_counted() -> None:
     """Rows of three tokens, two in each half: six tokens do not reach rank 8; and no token meets one expert."""
     short = [{key: value[:, :3] for key, value in row.items()} for row in rows_of(4, 1)]
-    adapter = initialize(make_model("llama"), short, InitConfig(rank=8), growth=Growth(start=4))
+    adapter = initialize(make_model("llama"), short, InitConfig(rank=8, gamma=128.0), growth=Growth(start=4))
     assert adapter.growth is not None
     [stage] = adapter.growth.stages
     assert (stage.agreement_median, stage.layers_left_out) == (None, 21)
     assert not adapter.growth.settled
-    experts = initialize(make_moe("qwen3-moe"), rows_of(8, 1), InitConfig(rank=2), growth=Growth(start=8))
+    experts = initialize(make_moe("qwen3-moe"), rows_of(8, 1), InitConfig(rank=2, gamma=128.0), growth=Growth(start=8))
     unmet = [layer for name, layer in experts.layers.items() if "layers.1" in name and name.endswith(f"_proj.{UNMET}")]
     assert [(layer.init, layer.agreement) for layer in unmet] == [("standard", None)] * 2
     assert experts.growth is not None
@@ -191,11 +191,11 @@ def test_any_module_with_a_loss_of_its_own() -> None:
         return (module(x) - x[:, :12]).square().sum(), len(x)
 
     growth = Growth(0.2, start=2)
-    adapter = initialize(model, batches, InitConfig(rank=2), loss=loss, growth=growth)
+    adapter = initialize(model, batches, InitConfig(rank=2, gamma=128.0), loss=loss, growth=growth)
     assert adapter.growth is not None
     assert adapter.growth.settled
     assert 2 < sizes(adapter)[-1] < 64
-    same_adapter(adapter, initialize(model, batches[: sizes(adapter)[-1]], InitConfig(rank=2), loss=loss))
+    same_adapter(adapter, initialize(model, batches[: sizes(adapter)[-1]], InitConfig(rank=2, gamma=128.0), loss=loss))
 
 
 def test_one_row_alone() -> None:

@@ -218,7 +218,7 @@ def test_round_trip(name, tmp_path):
 
 def test_uniform_ranks_need_no_patterns():
     model = make_model("llama", torch.float32)
-    assert "rank_pattern" not in initialize(model, make_batches(), InitConfig(rank=5)).peft_config()
+    assert "rank_pattern" not in initialize(model, make_batches(), InitConfig(rank=5, gamma=128.0)).peft_config()
 
 
 # PEFT.

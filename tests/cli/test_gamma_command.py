@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from support.commands import Command, Refused, beside_placement
+from support.commands import Command, beside_placement
 from support.rank_processes import run_ranks
 
 from loraone_init import Adapter, DataOptions, load_batches, open_model
@@ -42,7 +42,7 @@ def test_file_and_summary_hold_the_search(
     assert adapter.loss.curve == tuple((gamma, tried) for gamma, tried in found["loss"]["curve"])
     assert (loss["held_out"], loss["rows"]) == (True, 4)
     assert found["gamma"] == adapter.gamma == adapter.config.gamma
-    assert loss["after"] == curve[found["gamma"]] == min(curve.values()) <= curve[128.0]
+    assert loss["after"] == curve[found["gamma"]] == min(curve.values())
     assert loss["after"] < loss["before"]
     opened = open_model(str(tiny_model))
     sample = load_batches(str(tiny_data), opened.tokenizer, DataOptions(samples=6, held_out=4))
@@ -121,12 +121,19 @@ def test_where_no_gamma_lowers_the_loss(command: Command, tiny_model: Path, tmp_
     file = tmp_path / "rows.jsonl"
     rows = [{"prompt": "w1 w2", "completion": completion} for completion in (" w5", " w9")]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--gamma", "auto", "--target-modules", "lm_head", "--quiet", "--max-length", 3)
-    result = command(tiny_model, file, "-o", tmp_path / "a.safetensors", *options)
+    output, page = tmp_path / "peft", tmp_path / "page.html"
+    options = ("--gamma", "auto", "--target-modules", "lm_head", "--json", "--max-length", 3)
+    result = command(tiny_model, file, "-o", output, *options)
     assert result.exit_code == 0, result.output
-    loss = Adapter.load(tmp_path / "a.safetensors").loss
+    loss = Adapter.load(output).loss
     assert loss.after >= loss.before
-    assert "NO γ of 11 lowers the loss on the rows held out" in " ".join(result.stderr.split())
+    said = json.loads(result.stdout)["warning"]
+    assert said.startswith("NO γ of 2 lowers the loss on the rows held out")
+    assert "Plain LoRA is the better start here" in said
+    assert f"WARNING: {said}." in result.stderr
+    assert f"**Before any training: {said}.**" in (output / "README.md").read_text()
+    assert CliRunner().invoke(inspect, [str(output), "--html", str(page)]).exit_code == 0
+    assert f"<strong>{said}.</strong>" in page.read_text(encoding="utf-8")
 
 
 def test_dry_run(command: Command, tiny_model: Path, tiny_data: Path) -> None:
@@ -137,10 +144,15 @@ def test_dry_run(command: Command, tiny_model: Path, tiny_data: Path) -> None:
     assert "4 rows held out" in " ".join(command(tiny_model, tiny_data, "--dry-run", *AUTO).stdout.split())
 
 
-def test_a_single_row(refused: Refused, tmp_path: Path) -> None:
+def test_a_single_row(command: Command, tiny_model: Path, tmp_path: Path) -> None:
+    """By default nothing that can be done is refused: γ is searched on the row itself, which is said."""
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"text": "w1 w2 w3"}) + "\n")
-    assert "has 1 trainable row, of which none can be held out of the gradient" in refused("--gamma", "auto", data=file)
+    result = command(tiny_model, file, "-o", tmp_path / "a.safetensors", "--gamma", "auto", "--rank", 2)
+    assert result.exit_code == 0, result.output
+    assert "has 1 trainable row, of which none can be held out of the gradient" in result.stderr
+    assert "γ was searched on some of its own (1)" in result.stderr
+    assert "on 1 row of those the gradient is from" in " ".join(result.stdout.split())
 
 
 def test_few_rows_are_divided_and_that_is_said(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from support.commands import Command, beside_placement
+from support.commands import Command, beside_placement, with_gamma
 
 from loraone_init import Adapter, __version__
 from loraone_init.cli.support import parse_modules
@@ -124,6 +124,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
             "layers_not_spectral",
             "sample",
             "loss",
+            "warning",
             "seconds",
             "processes",
             "peak_memory_bytes",
@@ -174,7 +175,12 @@ def test_lines_for_peft_run(command: Command, tiny_model: Path, tiny_data: Path,
 def test_json_from_a_process_of_its_own(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
     """No library has a word to say on either stream."""
     done = subprocess.run(
-        [sys.executable, "-m", "loraone_init", tiny_model, tiny_data, "-o", tmp_path / "a.safetensors", "--json"],
+        [
+            sys.executable,
+            "-m",
+            "loraone_init",
+            *with_gamma(tiny_model, tiny_data, "-o", tmp_path / "a.safetensors", "--json"),
+        ],
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=120,

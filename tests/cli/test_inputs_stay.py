@@ -63,7 +63,19 @@ def test_output_that_is_an_input(line: str, inputs: Path) -> None:
 
 def test_adapter_in_the_models_directory(inputs: Path) -> None:
     """It is no part of the model: written, and written anew with --overwrite."""
-    arguments = ["model", "rows.jsonl", "-o", "model/adapters.safetensors", "--rank", "2", "--samples", "2", "-q"]
+    arguments = [
+        "model",
+        "rows.jsonl",
+        "-o",
+        "model/adapters.safetensors",
+        "--rank",
+        "2",
+        "--samples",
+        "2",
+        "--gamma",
+        "128",
+        "-q",
+    ]
     assert CliRunner().invoke(init, arguments).exit_code == 0
     done = CliRunner().invoke(init, [*arguments, "--overwrite"])
     assert done.exit_code == 0, done.output

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from peft import PeftModel
 from support.architectures import THREE, make_classifier, make_pair_tokenizer
 from support.causal import make_word_tokenizer, relative_error
-from support.commands import Command, Refused, beside_placement
+from support.commands import Command, Refused, beside_placement, with_gamma
 from support.exports import ROUNDING, export, logits_of, peft_logits
 from support.moe_models import make_moe
 from support.rank_processes import run_ranks
@@ -33,7 +33,7 @@ def budgeted(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPat
     from loraone_init.cli.init import main
 
     directory = tmp_path_factory.mktemp("budgeted") / "lora"
-    done = CliRunner().invoke(main, [str(tiny_model), str(tiny_data), "-o", str(directory), "--rank-budget", "4", "-q"])
+    done = CliRunner().invoke(main, with_gamma(tiny_model, tiny_data, "-o", directory, "--rank-budget", 4, "-q"))
     assert done.exit_code == 0, done.output
     return directory
 

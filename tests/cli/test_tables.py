@@ -12,6 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
+from support.commands import with_gamma
 
 from loraone_init import Adapter
 from loraone_init.cli.init import main as init
@@ -30,7 +31,7 @@ def grown(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFa
     """An adapter whose sample was grown, and whose γ was searched, so that it has all tables; with long names."""
     file = tmp_path_factory.mktemp("grown") / "a.safetensors"
     options = ("--samples", "auto", "--gamma", "auto", "--held-out", "3", "-q")
-    done = CliRunner().invoke(init, [str(tiny_model), str(tiny_data), "-o", str(file), *options])
+    done = CliRunner().invoke(init, with_gamma(tiny_model, tiny_data, "-o", file, *options))
     assert done.exit_code == 0, done.output
     adapter = Adapter.load(file)
     layers = {name.replace("model.layers", LONG): report for name, report in adapter.layers.items()}

@@ -79,7 +79,7 @@ def test_loss_is_transformers_own(changes, labels, problem):
     model = make_classifier("bert", **changes)
     labels = labels and [label.double() for label in labels]
     batches = make_texts(labels=labels)
-    adapter = initialize(model, batches, InitConfig(rank=4))
+    adapter = initialize(model, batches, InitConfig(rank=4, gamma=128.0))
     assert open_module(model).labels.problem == problem
     assert adapter.loss.sample == pytest.approx(reference_loss(model, batches).item(), rel=EXACT)
 
@@ -102,7 +102,7 @@ def test_head_of_the_checkpoint_is_kept(classifier):
     stored = load_file(classifier / "model.safetensors")
     assert (model.labels, model.saved) == (THREE, ("classifier",))
     assert torch.equal(model.module.classifier.weight, stored["classifier.weight"])
-    adapter = initialize(model, make_texts(), InitConfig(rank=4))
+    adapter = initialize(model, make_texts(), InitConfig(rank=4, gamma=128.0))
     assert torch.equal(adapter.saved["classifier"]["weight"], stored["classifier.weight"])
 
 
@@ -118,14 +118,17 @@ def test_half_a_head_is_an_error(classifier, tmp_path):
 def test_head_is_no_target(classifier):
     model = open_model(str(classifier), task="sequence-classification")
     with pytest.raises(ModelError, match=r"no layer is called 'classifier'; there are: query \(3\)"):
-        initialize(model, make_texts(), InitConfig(rank=4, target_modules=("classifier",)))
+        initialize(model, make_texts(), InitConfig(rank=4, target_modules=("classifier",), gamma=128.0))
 
 
 def test_loss_of_ones_own_has_no_head(classifier):
     """With a loss from Python nothing is known of the task: all layers are adapted."""
     model = AutoModelForSequenceClassification.from_pretrained(classifier, dtype=torch.float32)
     adapter = initialize(
-        model, make_texts(), InitConfig(rank=2), loss=lambda m, b: (m(**b).loss * len(b["labels"]), len(b["labels"]))
+        model,
+        make_texts(),
+        InitConfig(rank=2, gamma=128.0),
+        loss=lambda m, b: (m(**b).loss * len(b["labels"]), len(b["labels"])),
     )
     assert (adapter.task_type, adapter.saved) == (None, {})
     assert "classifier" in adapter.pairs
@@ -133,7 +136,7 @@ def test_loss_of_ones_own_has_no_head(classifier):
 
 def test_file_that_lacks_its_head_is_refused(classifier, tmp_path):
     model = open_model(str(classifier), task="sequence-classification")
-    adapter = initialize(model, make_texts(), InitConfig(rank=4))
+    adapter = initialize(model, make_texts(), InitConfig(rank=4, gamma=128.0))
     adapter.save(tmp_path / "a.safetensors")
     tensors = {n: t for n, t in load_file(tmp_path / "a.safetensors").items() if "classifier" not in n}
     save_file(tensors, tmp_path / "b.safetensors", metadata=adapter.metadata())
@@ -214,7 +217,7 @@ def test_the_loss_does_not_depend_on_what_fills_up_rows(name):
     """Models pool by their own padding token, whatever the tokenizer pads with; here with </s>, as many do."""
     model, batches = make_classifier(name, num_labels=3, pad_token_id=0), make_texts()
     filled = [{**b, "input_ids": b["input_ids"].masked_fill(b["attention_mask"] == 0, 1)} for b in batches]
-    plain, other = (initialize(model, rows, InitConfig(rank=4)) for rows in (batches, filled))
+    plain, other = (initialize(model, rows, InitConfig(rank=4, gamma=128.0)) for rows in (batches, filled))
     assert other.loss.sample == pytest.approx(plain.loss.sample, rel=EXACT)
     assert all(torch.equal(plain.pairs[layer].B, other.pairs[layer].B) for layer in plain.pairs)
 

@@ -130,8 +130,8 @@ def test_a_layer_whose_weight_is_read_without_a_call_is_refused(block_path):
         ModelError,
         match=r'layer blocks\.0\.attention\.out_proj and 1 others are never called.*`exclude_modules="out_proj"`',
     ):
-        initialize(model, batches, InitConfig(rank=2, block_path=block_path), loss=squares)
-    config = InitConfig(rank=2, block_path=block_path, exclude_modules=("out_proj",))
+        initialize(model, batches, InitConfig(rank=2, block_path=block_path, gamma=128.0), loss=squares)
+    config = InitConfig(rank=2, block_path=block_path, exclude_modules=("out_proj",), gamma=128.0)
     adapter = initialize(model, batches, config, loss=squares)
     assert {layer.init for layer in adapter.layers.values()} == {"spectral"}
 
@@ -152,6 +152,8 @@ class Spare(nn.Module):
 def test_layers_that_nothing_reads_get_the_standard_start():
     torch.manual_seed(0)
     batches = [torch.randn(2, 3, 6) for _ in range(2)]
-    adapter = initialize(Chain([Spare(), Spare()]), batches, InitConfig(rank=2, block_path="blocks"), loss=squares)
+    adapter = initialize(
+        Chain([Spare(), Spare()]), batches, InitConfig(rank=2, block_path="blocks", gamma=128.0), loss=squares
+    )
     unused = {name for name, layer in adapter.layers.items() if layer.init == "standard"}
     assert unused == {f"blocks.{i}.{name}" for i in (0, 1) for name in ("unused", "tied")}

@@ -87,5 +87,5 @@ def test_model_with_an_adapter_in_it_is_refused(inner: Callable[[Any], Any]) -> 
 
     wrapped = get_peft_model(make_model("llama", torch.float32), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ModelError, match="PEFT has put an adapter into this model already"):
-        initialize(inner(wrapped), make_batches(), InitConfig(rank=2))
-    initialize(wrapped.unload(), make_batches(), InitConfig(rank=2))
+        initialize(inner(wrapped), make_batches(), InitConfig(rank=2, gamma=128.0))
+    initialize(wrapped.unload(), make_batches(), InitConfig(rank=2, gamma=128.0))

@@ -9,7 +9,8 @@ from support.causal import make_batches, make_model, reference_loss
 from loraone_init import InitConfig, initialize
 from loraone_init.data.pieces import whole_batches
 from loraone_init.gradients.losses import RowLosses
-from loraone_init.initialization.evaluation import num_evaluated, some_rows
+from loraone_init.initialization.evaluation import applied, first_order_fall, num_evaluated, some_rows
+from loraone_init.layers.targets import select_targets
 
 FP32_INSIDE = 1e-6
 """fp64 models, but for norms and softmax that compute in fp32 whatever the model."""
@@ -42,7 +43,17 @@ def test_batches_with_a_tensor_that_is_not_by_row() -> None:
     """Positions that all rows share: the loss before the step is that of whole batches."""
     batches = [{**batch, "position_ids": torch.arange(9)[None]} for batch in make_batches((9, 9), rows=3)]
     model = make_model("llama")
-    adapter = initialize(model, batches, InitConfig(rank=2))
+    adapter = initialize(model, batches, InitConfig(rank=2, gamma=128.0))
     alone = [float(reference_loss(model, [batch]).detach()) for batch in batches]
     assert adapter.loss.rows == 3
     assert any(adapter.loss.before == pytest.approx(loss, rel=FP32_INSIDE) for loss in alone)
+
+
+def test_slope_of_the_loss_along_the_step() -> None:
+    """Against the difference quotient of the sample's loss, for a step so short that only the first order counts."""
+    model, batches, short = make_model("llama"), make_batches(), 1e6
+    adapter = initialize(model, batches, InitConfig(rank=4, gamma=short))
+    with torch.no_grad(), applied(adapter.pairs, select_targets(model, "all-linear"), adapter.config.scale):
+        after = reference_loss(model, batches).item()
+    slope = first_order_fall(adapter.layers, adapter.config.scale)
+    assert (reference_loss(model, batches).item() - after) * short == pytest.approx(slope, rel=1e-3)

@@ -84,7 +84,7 @@ def test_base_weights_and_flags_are_untouched():
     model, batches = make_model("llama").train(), make_batches()
     model.lm_head.requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    initialize(model, batches, InitConfig(rank=4))
+    initialize(model, batches, InitConfig(rank=4, gamma=128.0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
@@ -94,8 +94,8 @@ def test_base_weights_and_flags_are_untouched():
 def test_dropout_is_off():
     """GPT-2 in training mode drops a tenth of everything; two runs would differ."""
     model, batches = make_model("gpt2").train(), make_batches()
-    first, again = (initialize(model, batches, InitConfig(rank=4)) for _ in range(2))
-    eval_mode = initialize(model.eval(), batches, InitConfig(rank=4))
+    first, again = (initialize(model, batches, InitConfig(rank=4, gamma=128.0)) for _ in range(2))
+    eval_mode = initialize(model.eval(), batches, InitConfig(rank=4, gamma=128.0))
     for name in first.pairs:
         assert torch.equal(first.pairs[name].A, again.pairs[name].A)
         assert torch.equal(first.pairs[name].A, eval_mode.pairs[name].A)
@@ -103,7 +103,7 @@ def test_dropout_is_off():
 
 def test_same_seed_same_adapter_bit_for_bit():
     model, batches = make_model("llama", torch.float32), make_batches()
-    first, again = (initialize(model, batches, InitConfig(rank=4)) for _ in range(2))
+    first, again = (initialize(model, batches, InitConfig(rank=4, gamma=128.0)) for _ in range(2))
     assert first.metadata() == again.metadata()
     assert all(torch.equal(first.pairs[name].B, again.pairs[name].B) for name in first.pairs)
 
@@ -112,7 +112,9 @@ def test_weights_kept_on_disk_give_the_same_adapter_as_in_memory(tmp_path):
     model, batches = make_model("llama", torch.float32), make_batches()
     model.save_pretrained(tmp_path)
     model.config._attn_implementation = "sdpa"
-    on_disk, in_memory = (initialize(m, batches, InitConfig(rank=4)) for m in (open_model(str(tmp_path)), model))
+    on_disk, in_memory = (
+        initialize(m, batches, InitConfig(rank=4, gamma=128.0)) for m in (open_model(str(tmp_path)), model)
+    )
     for name, pair in on_disk.pairs.items():
         assert torch.equal(pair.A, in_memory.pairs[name].A)
         assert torch.equal(pair.B, in_memory.pairs[name].B)
@@ -129,7 +131,9 @@ def test_layer_without_gradient_gets_standard_initialisation_and_is_reported():
 
     torch.manual_seed(0)
     batches = [torch.randn(9, 6)]
-    adapter = initialize(Model(), batches, InitConfig(rank=4), loss=lambda model, x: ((model(x) ** 2).sum(), x.numel()))
+    adapter = initialize(
+        Model(), batches, InitConfig(rank=4, gamma=128.0), loss=lambda model, x: ((model(x) ** 2).sum(), x.numel())
+    )
     assert {name: layer.init for name, layer in adapter.layers.items()} == {
         "used": "spectral",
         "unused": "standard",
@@ -145,7 +149,7 @@ def test_fewer_tokens_than_rank():
     model, batches = make_model("llama"), make_batches((5,), rows=1)
     batches[0]["labels"][:] = -100
     batches[0]["labels"][0, 1:3] = batches[0]["input_ids"][0, 1:3]
-    adapter = initialize(model, batches, InitConfig(rank=4, target_modules=("lm_head",)))
+    adapter = initialize(model, batches, InitConfig(rank=4, target_modules=("lm_head",), gamma=128.0))
     pair, layer = adapter.pairs["lm_head"], adapter.layers["lm_head"]
     assert layer.init == "partial"
     assert layer.rank == 2
@@ -175,17 +179,17 @@ def test_module_of_ones_own_with_blocks_and_loss():
 
 def test_module_without_a_loss():
     with pytest.raises(ModelError, match="Linear is no transformers model with a language model head; pass loss="):
-        initialize(nn.Linear(4, 4), [torch.zeros(2, 4)], InitConfig(rank=2))
+        initialize(nn.Linear(4, 4), [torch.zeros(2, 4)], InitConfig(rank=2, gamma=128.0))
 
 
 def test_transformers_model_without_a_head():
     with pytest.raises(ModelError, match="LlamaModel is no transformers model with a language model head"):
-        initialize(make_model("llama").model, make_batches(), InitConfig(rank=2))
+        initialize(make_model("llama").model, make_batches(), InitConfig(rank=2, gamma=128.0))
 
 
 def test_no_batches():
     with pytest.raises(DataError, match="there are no batches"):
-        initialize(make_model("llama"), [], InitConfig(rank=2))
+        initialize(make_model("llama"), [], InitConfig(rank=2, gamma=128.0))
 
 
 @pytest.mark.parametrize(
@@ -198,25 +202,25 @@ def test_no_batches():
 )
 def test_batches_without_what_a_causal_model_needs(batch, message):
     with pytest.raises(DataError, match=message):
-        initialize(make_model("llama"), [batch], InitConfig(rank=2))
+        initialize(make_model("llama"), [batch], InitConfig(rank=2, gamma=128.0))
 
 
 @pytest.mark.parametrize("answer", [torch.zeros(()), (torch.zeros(3), 3), (torch.zeros(()), "three"), None])
 def test_loss_function_that_returns_something_else(answer):
     with pytest.raises(ConfigError, match="has to return two numbers: the summed loss and how many terms it has"):
-        initialize(nn.Linear(4, 4), [torch.zeros(2, 4)], InitConfig(rank=2), loss=lambda model, x: answer)
+        initialize(nn.Linear(4, 4), [torch.zeros(2, 4)], InitConfig(rank=2, gamma=128.0), loss=lambda model, x: answer)
 
 
 def test_block_path_is_that_of_the_opened_model():
     opened, batches = open_module(make_model("llama"), "model.layers"), make_batches()
-    assert initialize(opened, batches, InitConfig(rank=2)).config.block_path == "model.layers"
+    assert initialize(opened, batches, InitConfig(rank=2, gamma=128.0)).config.block_path == "model.layers"
     with pytest.raises(ConfigError, match=r"opened with block path 'model\.layers', not 'layers'"):
-        initialize(opened, batches, InitConfig(rank=2, block_path="layers"))
+        initialize(opened, batches, InitConfig(rank=2, block_path="layers", gamma=128.0))
 
 
 def test_rank_larger_than_a_layer_allows():
     with pytest.raises(ConfigError, match=r"rank 20 .*layer model\.layers\.0\.self_attn\.k_proj of shape \(16, 32\)"):
-        initialize(make_model("llama"), make_batches(), InitConfig(rank=20))
+        initialize(make_model("llama"), make_batches(), InitConfig(rank=20, gamma=128.0))
 
 
 def test_loss_that_is_not_a_number():
@@ -224,7 +228,7 @@ def test_loss_that_is_not_a_number():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(NumericalError, match="the loss is nan"):
-        initialize(model, make_batches(), InitConfig(rank=4))
+        initialize(model, make_batches(), InitConfig(rank=4, gamma=128.0))
 
 
 def test_gradient_that_is_not_finite_names_the_layer():
@@ -240,7 +244,10 @@ def test_gradient_that_is_not_finite_names_the_layer():
 
     with pytest.raises(NumericalError, match="gradient of layer first is not finite"):
         initialize(
-            Model(), [torch.ones(3, 4)], InitConfig(rank=2), loss=lambda model, x: ((model(x) ** 2).sum(), x.numel())
+            Model(),
+            [torch.ones(3, 4)],
+            InitConfig(rank=2, gamma=128.0),
+            loss=lambda model, x: ((model(x) ** 2).sum(), x.numel()),
         )
 
 

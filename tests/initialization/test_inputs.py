@@ -23,7 +23,7 @@ from loraone_init.data.options import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, HELD_O
 from loraone_init.errors import ConfigError, DataError, LoraOneError, ModelError
 from loraone_init.initialization.inputs import OPTIONS
 
-SMALL: dict[str, Any] = {"rank": 2, "target_modules": ("q_proj",)}
+SMALL: dict[str, Any] = {"rank": 2, "target_modules": ("q_proj",), "gamma": 128.0}
 """Enough of an adapter to tell what it was made from."""
 
 
@@ -46,16 +46,19 @@ def same_factors(adapter: Adapter, other: Adapter) -> bool:
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        ("", {}),
+        ("--gamma 128", {"gamma": 128}),
         (
             "--rank 4 --alpha 32 --gamma 256 --samples 5 --seed 3 --target-modules q_proj,v_proj",
             {"rank": 4, "alpha": 32, "gamma": 256, "samples": 5, "seed": 3, "target_modules": ("q_proj", "v_proj")},
         ),
         ("--gamma auto --max-length 5 --dtype float64", {"gamma": "auto", "max_length": 5, "dtype": "float64"}),
-        ("--held-out 2 --all-tokens --batch-size 3", {"held_out": 2, "completion_only": False, "batch_size": 3}),
         (
-            "--columns text=prompt --block-path model.layers",
-            {"columns": {"text": "prompt"}, "block_path": "model.layers"},
+            "--held-out 2 --all-tokens --batch-size 3 --gamma 128",
+            {"held_out": 2, "completion_only": False, "batch_size": 3, "gamma": 128},
+        ),
+        (
+            "--columns text=prompt --block-path model.layers --gamma 128",
+            {"columns": {"text": "prompt"}, "block_path": "model.layers", "gamma": 128},
         ),
     ],
 )
@@ -73,7 +76,7 @@ def test_growing_draws_as_many_rows_as_the_command(
 ) -> None:
     file = tmp_path / "by-command.safetensors"
     assert command(tiny_model, tiny_data, "-o", file, "--samples", "auto", "--rank", 2).exit_code == 0
-    adapter = initialize(tiny_model, tiny_data, growth=Growth(), rank=2)
+    adapter = initialize(tiny_model, tiny_data, growth=Growth(), rank=2, gamma=128.0)
     assert saved(adapter, tmp_path / "by-python.safetensors") == file.read_bytes()
 
 
@@ -129,7 +132,7 @@ def test_batches_from_a_generator_and_a_loader() -> None:
 
 def test_held_out_batches_from_a_generator() -> None:
     model, batches, others = make_model("llama"), make_batches((9,)), make_batches((12, 7))
-    adapter = initialize(model, batches, held_out=iter(others), gamma="auto", **SMALL)
+    adapter = initialize(model, batches, held_out=iter(others), **{**SMALL, "gamma": "auto"})
     assert (adapter.loss.held_out, adapter.loss.rows) == (True, 4)
 
 
@@ -142,7 +145,7 @@ def test_a_number_in_a_row_makes_it_no_batch(tiny_model: Path, labelled: Path) -
 def test_held_out_sample(tiny_model: Path, tiny_data: Path) -> None:
     """None of the rows that are drawn is held out as well."""
     others = load_sample(tiny_data, make_word_tokenizer(), DataOptions(samples=3))
-    adapter = initialize(tiny_model, tiny_data, held_out=others, gamma="auto", **SMALL)
+    adapter = initialize(tiny_model, tiny_data, held_out=others, **{**SMALL, "gamma": "auto"})
     assert (adapter.loss.held_out, adapter.loss.rows) == (True, 3)
     assert adapter.sample["rows_used"] == 12
 
@@ -151,7 +154,7 @@ def test_with_a_loss_dicts_are_batches() -> None:
     def loss(model: nn.Module, batch: dict[str, list[float]]) -> tuple[torch.Tensor, int]:
         return model(torch.tensor(batch["x"])).square().sum(), 1
 
-    adapter = initialize(nn.Linear(2, 2), ({"x": [1.0, 2.0]} for _ in range(2)), rank=1, loss=loss)
+    adapter = initialize(nn.Linear(2, 2), ({"x": [1.0, 2.0]} for _ in range(2)), rank=1, loss=loss, gamma=128.0)
     assert adapter.sample == {}
 
 
@@ -165,7 +168,7 @@ def test_rows_need_a_tokenizer(tiny_data: Path) -> None:
 
 def test_options_come_before_the_configuration() -> None:
     model, batches = make_model("llama"), make_batches((9,))
-    adapter = initialize(model, batches, InitConfig(rank=4, alpha=3.0, target_modules=("q_proj",)), rank=2)
+    adapter = initialize(model, batches, InitConfig(rank=4, alpha=3.0, target_modules=("q_proj",), gamma=128.0), rank=2)
     assert (adapter.config.rank, adapter.config.alpha) == (2, 3.0)
 
 
@@ -177,7 +180,7 @@ def test_seed_of_a_configuration_is_that_of_the_draw(tiny_model: Path, tiny_data
 
 
 def test_rows_held_out_for_a_search() -> None:
-    assert DataOptions().for_gamma("auto").held_out == HELD_OUT == 16
+    assert DataOptions().for_gamma("auto").held_out == HELD_OUT == 8
     assert DataOptions().for_gamma(128.0).held_out == 0
     assert DataOptions(held_out=3).for_gamma("auto").held_out == 3
 
@@ -223,17 +226,17 @@ def test_options_of_a_sample_and_of_an_open_model(tiny_model: Path, tiny_data: P
     model = open_model(str(tiny_model))
     sample = load_sample(tiny_data, model.tokenizer)
     with pytest.raises(ConfigError, match=r"samples cannot .*: the data are a Sample, .*; pass it to load_sample"):
-        initialize(model, sample, samples=3)
+        initialize(model, sample, samples=3, gamma=128.0)
     with pytest.raises(ConfigError, match=r"dtype cannot .*: the model is open already; pass it to open_model"):
-        initialize(model, sample, dtype="float32")
+        initialize(model, sample, dtype="float32", gamma=128.0)
     with pytest.raises(ConfigError, match=r"task is 'seq2seq-lm', but the model that was given is for 'causal-lm'"):
-        initialize(model, sample, task="seq2seq-lm")
+        initialize(model, sample, task="seq2seq-lm", gamma=128.0)
 
 
 def test_split_is_for_hub_data_sets(tiny_model: Path, tiny_data: Path) -> None:
     for given in (tiny_data, rows_of(tiny_data), Dataset.from_list(rows_of(tiny_data))):
         with pytest.raises(ConfigError, match="is for hub data sets"):
-            initialize(tiny_model, given, split="train")
+            initialize(tiny_model, given, split="train", gamma=128.0)
 
 
 @pytest.mark.parametrize(
@@ -253,13 +256,13 @@ def test_split_is_for_hub_data_sets(tiny_model: Path, tiny_data: Path) -> None:
 )
 def test_data_that_are_no_data(tiny_model: Path, data: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        initialize(tiny_model, data)
+        initialize(tiny_model, data, gamma=128.0)
 
 
 @pytest.mark.parametrize("held_out", ["rows.jsonl", [{"text": "w1"}], True, 3.5, {"input_ids": torch.ones(1, 2)}])
 def test_what_cannot_be_held_out(held_out: Any) -> None:
     with pytest.raises(DataError, match="held_out is a number of rows to draw, a Sample"):
-        initialize(make_model("llama"), make_batches((9,)), held_out=held_out)
+        initialize(make_model("llama"), make_batches((9,)), held_out=held_out, gamma=128.0)
 
 
 def test_a_configuration_of_another_kind() -> None:
@@ -275,7 +278,7 @@ def test_rows_are_read_once(tiny_model: Path, tiny_data: Path) -> None:
             starts.append(1)
             return iter(rows_of(tiny_data))
 
-    initialize(tiny_model, Once(), gamma="auto", **SMALL)
+    initialize(tiny_model, Once(), **{**SMALL, "gamma": "auto"})
     assert len(starts) == 1
 
 
@@ -290,9 +293,9 @@ def test_options_are_those_of_what_they_are_handed_to() -> None:
 
 def test_what_is_no_model() -> None:
     with pytest.raises(ModelError, match="model is a list; expected a path, a hub id"):
-        initialize([], make_batches((9,)))  # type: ignore[arg-type]
+        initialize([], make_batches((9,)), gamma=128.0)  # type: ignore[arg-type]
 
 
 def test_errors_are_all_of_one_kind() -> None:
     with pytest.raises(LoraOneError, match="there is no model directory"):
-        initialize("./nowhere", [{"text": "w1"}])
+        initialize("./nowhere", [{"text": "w1"}], gamma=128.0)

@@ -22,7 +22,10 @@ ALL = pytest.mark.parametrize("name", CONFIGS)
 
 @pytest.fixture(scope="module")
 def adapters() -> dict[str, Adapter]:
-    return {name: initialize(make_moe(name, torch.float32), make_batches(), InitConfig(rank=4)) for name in CONFIGS}
+    return {
+        name: initialize(make_moe(name, torch.float32), make_batches(), InitConfig(rank=4, gamma=128.0))
+        for name in CONFIGS
+    }
 
 
 def test_stacked_layout_by_hand():

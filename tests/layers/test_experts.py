@@ -49,7 +49,7 @@ def fused_gradients(model: PreTrainedModel, adapter: Adapter) -> dict[str, torch
 
 @pytest.fixture(scope="module")
 def adapters() -> dict[str, Adapter]:
-    return {name: initialize(make_moe(name), make_batches(), InitConfig(rank=4)) for name in CONFIGS}
+    return {name: initialize(make_moe(name), make_batches(), InitConfig(rank=4, gamma=128.0)) for name in CONFIGS}
 
 
 @ALL
@@ -158,7 +158,7 @@ def test_tokens_of_many_micro_batches_wait_for_their_expert(monkeypatch):
     found = []
     for wide in (1, 2048):
         monkeypatch.setattr("loraone_init.gradients.collector.WIDE_TOKENS", wide)
-        found.append(initialize(make_moe("mixtral"), make_batches((9, 12, 7, 8)), InitConfig(rank=4)))
+        found.append(initialize(make_moe("mixtral"), make_batches((9, 12, 7, 8)), InitConfig(rank=4, gamma=128.0)))
     for name, report in found[0].layers.items():
         assert report.gradient_norm == pytest.approx(found[1].layers[name].gradient_norm, rel=1e-12)
 
@@ -179,7 +179,7 @@ def test_what_waits_for_an_expert_keeps_nothing_else_alive():
 def test_the_forward_is_put_back_and_the_weights_are_untouched():
     model = make_moe("mixtral")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    initialize(model, make_batches(), InitConfig(rank=4))
+    initialize(model, make_batches(), InitConfig(rank=4, gamma=128.0))
     assert not any("forward" in vars(module) for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.grad is not None for parameter in model.parameters())
@@ -213,7 +213,7 @@ def test_experts_can_be_left_out(unwanted):
 
 def test_one_fused_parameter_alone_is_found_by_peft(tmp_path):
     model = make_moe("qwen3-moe", torch.float32)
-    adapter = initialize(model, make_batches(), InitConfig(rank=4, target_modules=("gate_up_proj",)))
+    adapter = initialize(model, make_batches(), InitConfig(rank=4, target_modules=("gate_up_proj",), gamma=128.0))
     adapter.save(tmp_path / "adapter")
     peft = PeftModel.from_pretrained(model, tmp_path / "adapter")
     factors = {n: p for n, p in peft.named_parameters() if "lora_" in n}

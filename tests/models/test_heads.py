@@ -105,7 +105,7 @@ def test_peft_restores_the_head_bit_for_bit(headless, tmp_path):
 
 
 def test_round_trip_keeps_every_tensor(headless, tmp_path):
-    adapter = initialize(opened(headless), make_texts(), InitConfig(rank=4))
+    adapter = initialize(opened(headless), make_texts(), InitConfig(rank=4, gamma=128.0))
     adapter.save(tmp_path / "a.safetensors")
     again = Adapter.load(tmp_path / "a.safetensors")
     again.save(tmp_path / "b.safetensors")
@@ -126,7 +126,7 @@ def test_language_model_without_a_padding_token(command: Command, labelled: Path
     with pytest.raises(
         ModelError, match=r"names no padding token; set config\.pad_token_id, or use batches of one row"
     ):
-        initialize(model, make_texts(), InitConfig(rank=4))
+        initialize(model, make_texts(), InitConfig(rank=4, gamma=128.0))
 
 
 def test_labels_are_needed_for_a_head_that_is_not_there(headless):

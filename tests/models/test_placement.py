@@ -68,7 +68,7 @@ def test_files_are_identical(name: str, tmp_path: Path) -> None:
     for placement, schedule in product(("device", "host", "disk"), ("rows", "blocks")):
         opened = open_model(str(tmp_path / "model"), placement=placement)
         assert opened.placement == placement
-        adapter = initialize(opened, make_batches(), InitConfig(rank=4), schedule=schedule)
+        adapter = initialize(opened, make_batches(), InitConfig(rank=4, gamma=128.0), schedule=schedule)
         adapter.save(tmp_path / f"{placement} {schedule}.safetensors")
         files.append((tmp_path / f"{placement} {schedule}.safetensors").read_bytes())
     assert files == files[:1] * 6
@@ -106,8 +106,8 @@ def test_placement_that_there_is_not(command: Command, tiny_model: Path, tiny_da
 def test_a_model_with_code_of_its_own_is_held_on_the_host(refused: Refused, tiny_model: Path) -> None:
     opened = open_model(str(tiny_model), placement="disk", trust_remote_code=True)
     assert opened.placement == "host"
-    adapter = initialize(opened, make_batches(), InitConfig(rank=4))
-    plain = initialize(open_model(str(tiny_model)), make_batches(), InitConfig(rank=4))
+    adapter = initialize(opened, make_batches(), InitConfig(rank=4, gamma=128.0))
+    plain = initialize(open_model(str(tiny_model)), make_batches(), InitConfig(rank=4, gamma=128.0))
     assert all(torch.equal(adapter.pairs[name].B, plain.pairs[name].B) for name in plain.pairs)
 
 

@@ -155,7 +155,7 @@ def test_gradients_are_not_those_of_the_model_it_was_made_from(method, checkpoin
 def test_peft_loads_it_on_the_same_quantized_model(method, checkpoint, tmp_path):
     """Logits against ours with the step applied by hooks, and against the base alone."""
     opened = open_model(str(checkpoint(method)), device="cpu")
-    adapter = initialize(opened, make_batches(), InitConfig(rank=4))
+    adapter = initialize(opened, make_batches(), InitConfig(rank=4, gamma=128.0))
     adapter.save(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(checkpoint(method), dtype=torch.float32)
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -215,11 +215,11 @@ def test_four_bit_layers_that_were_packed_for_inference(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # smaller ones cannot be packed
     make_model("llama", torch.float32, **sizes).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=bitsandbytes_4bit()).eval()
-    fresh = initialize(model, make_batches(), InitConfig(rank=4))
-    again = initialize(model, make_batches(), InitConfig(rank=4))
+    fresh = initialize(model, make_batches(), InitConfig(rank=4, gamma=128.0))
+    again = initialize(model, make_batches(), InitConfig(rank=4, gamma=128.0))
     with torch.no_grad():
         model(input_ids=make_batches()[0]["input_ids"])
-    after = initialize(model, make_batches(), InitConfig(rank=4))
+    after = initialize(model, make_batches(), InitConfig(rank=4, gamma=128.0))
     for name, report in fresh.layers.items():
         assert again.layers[name].gradient_norm == report.gradient_norm
         assert after.layers[name].gradient_norm == pytest.approx(report.gradient_norm, rel=0.02)

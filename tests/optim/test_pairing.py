@@ -37,7 +37,7 @@ def adapter_of(pairs, preconditioner=DEFAULT_PRECONDITIONER):
     report = LayerReport((20, 12), (1.0,) * 4, 4, 1.0, 1.0, 0.0, 0.0, "exact", 0, "spectral")
     return Adapter(
         pairs,
-        InitConfig(rank=4),
+        InitConfig(rank=4, gamma=128.0),
         dict.fromkeys(pairs, report),
         LossReport(1.0, 1, 1.0, 0.9),
         task_type=None,

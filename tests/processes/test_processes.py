@@ -36,7 +36,7 @@ SAME_LOSS = 1e-5
 
 @pytest.fixture
 def arguments(tiny_model: Path, tiny_data: Path) -> list[str]:
-    return [str(tiny_model), str(tiny_data), "--rank", "4", "--device", "cpu", "--json", "--quiet"]
+    return [str(tiny_model), str(tiny_data), "--rank", "4", "--gamma", "128", "--device", "cpu", "--json", "--quiet"]
 
 
 def compare_with_one_process(adapter: Adapter, command: Command, arguments: list[str], alone: Path) -> None:

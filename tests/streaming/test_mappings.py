@@ -66,7 +66,9 @@ def test_what_a_block_writes_is_an_output(mapping):
 def test_layers_that_no_block_reads_from_get_the_standard_start():
     """The odd blocks' keys are never computed."""
     torch.manual_seed(0)
-    adapter = initialize(Model(UserDict), [torch.randn(6, 5)], InitConfig(rank=2, block_path="blocks"), loss=loss)
+    adapter = initialize(
+        Model(UserDict), [torch.randn(6, 5)], InitConfig(rank=2, block_path="blocks", gamma=128.0), loss=loss
+    )
     unused = {name for name, layer in adapter.layers.items() if layer.init == "standard"}
     assert unused == {"blocks.1.keys", "blocks.3.keys"}
 

@@ -54,10 +54,10 @@ def test_a_micro_batch_runs_on_the_stream_and_device_of_its_driver(monkeypatch):
     "mode", [lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode, torch.no_grad]
 )
 def test_the_callers_modes_change_nothing(mode):
-    plain = initialize(make_model("llama", torch.float32), make_batches(), InitConfig(rank=4))
+    plain = initialize(make_model("llama", torch.float32), make_batches(), InitConfig(rank=4, gamma=128.0))
     model = make_model("llama", torch.float32)
     with mode():
-        other = initialize(model, make_batches(), InitConfig(rank=4))
+        other = initialize(model, make_batches(), InitConfig(rank=4, gamma=128.0))
     assert other.loss.before == plain.loss.before
     assert all(torch.equal(other.pairs[name].B, plain.pairs[name].B) for name in plain.pairs)
 
@@ -77,7 +77,7 @@ def test_the_models_device_is_the_current_one_while_it_is_initialised(monkeypatc
     assert entered == ["cuda:1"]
     module = sys.modules["loraone_init.initialization.initialize"]  # the package's name is the function
     monkeypatch.setattr(module, "current_device", current)
-    initialize(make_model("llama"), make_batches(), InitConfig(rank=4))
+    initialize(make_model("llama"), make_batches(), InitConfig(rank=4, gamma=128.0))
     assert entered == ["cuda:1", "cpu"]
 
 

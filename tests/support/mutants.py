@@ -85,7 +85,7 @@ def make_world(directory: Path) -> World:
     lines = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{7 * i} w{5 * i} w3"} for i in range(12)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     adapter, peft, trained = directory / "adapter.safetensors", directory / "peft", directory / "trained"
-    _succeed(init_command, model, rows, "-o", adapter, "--rank", 4, "--samples", 4, "--seed", 1)
+    _succeed(init_command, model, rows, "-o", adapter, "--rank", 4, "--samples", 4, "--seed", 1, "--gamma", 128)
     Adapter.load(adapter).save(peft)
     rich, finished = directory / "rich.safetensors", directory / "finished"
     search = ("--gamma", "auto", "--samples", "auto", "--rank-budget", 4)
@@ -93,11 +93,11 @@ def make_world(directory: Path) -> World:
     _succeed(train_command, model, rows, "--adapter", rich, "-o", finished, *TRAINING)
     texts, classifier = directory / "texts.jsonl", directory / "classifier.safetensors"
     texts.write_text("".join(f'{{"text": "w1 w{i}", "label": {i}}}\n' for i in range(3)))
-    _succeed(init_command, model, texts, "-o", classifier, "--task", "sequence-classification")
+    _succeed(init_command, model, texts, "-o", classifier, "--task", "sequence-classification", "--gamma", 128)
     moe, experts = directory / "moe", directory / "experts.safetensors"
     make_moe("qwen3_moe").save_pretrained(moe)
     tokenizer.save_pretrained(moe)
-    _succeed(init_command, moe, rows, "-o", experts, "--samples", 2)
+    _succeed(init_command, moe, rows, "-o", experts, "--samples", 2, "--gamma", 128)
     others = (model, finished / "adapter_model.safetensors"), (model, classifier), (moe, experts)
     _succeed(train_command, model, rows, "--adapter", adapter, "-o", trained, *TRAINING, "--save-steps", 1)
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "training_log.json"):
@@ -278,7 +278,18 @@ class _Maker:
             return self.mutant(what, init_command, model, texts, *arguments)
         if chosen < 5:
             return self.mutant(
-                what, init_command, model, rows, "-o", self.out, "--samples", 2, "--target-modules", "q_proj"
+                what,
+                init_command,
+                model,
+                rows,
+                "-o",
+                self.out,
+                "--samples",
+                2,
+                "--gamma",
+                128,
+                "--target-modules",
+                "q_proj",
             )
         if chosen < 7:
             return self.mutant(what, train_command, model, rows, "--adapter", adapter, "-o", self.out, *TRAINING)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.commands import beside_placement
+from support.commands import beside_placement, with_gamma
 
 PRELOADED = [
     "torch",
@@ -80,7 +80,7 @@ def _rank(rank: int, size: int, port: int, directory: Path, arguments: list[str]
 
     if sabotage is not None:
         sabotage()
-    main(arguments)
+    main(with_gamma(*arguments))
 
 
 def die_in_backward() -> None:

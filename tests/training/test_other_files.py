@@ -95,7 +95,7 @@ def test_run_of_another_adapter_or_model_is_not_gone_on_with(
         from loraone_init import Adapter, initialize, load_batches, open_model
 
         model = open_model(str(tiny_model))
-        initialize(model, load_batches(str(tiny_data), model.tokenizer).batches[:1]).save(other)
+        initialize(model, load_batches(str(tiny_data), model.tokenizer).batches[:1], gamma=128.0).save(other)
         assert Adapter.load(other).config == Adapter.load(initialised).config
         done = run(tiny_model, tiny_data, other, output, "--resume")
     assert done.exit_code == 1

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from support.commands import error_line
+from support.commands import error_line, with_gamma
 
 from loraone_init import Adapter
 from loraone_init.cli.init import main as init
@@ -29,7 +29,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 @pytest.fixture(scope="module")
 def adapter(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("adapter") / "a.safetensors"
-    done = CliRunner().invoke(init, [str(tiny_model), str(tiny_data), "-o", str(output), "--rank", "4", "-q"])
+    done = CliRunner().invoke(init, with_gamma(tiny_model, tiny_data, "-o", output, "--rank", 4, "-q"))
     assert done.exit_code == 0, done.output
     return output
 

@@ -111,12 +111,12 @@ def test_weights_that_are_overwritten_during_a_run(tiny_model: Path, tmp_path: P
     for file in tiny_model.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
     opened = open_model(str(directory))
-    initialize(opened, make_batches())
+    initialize(opened, make_batches(), gamma=128.0)
     with open(directory / "model.safetensors", "r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\0\0\0\0")
     with pytest.raises(ModelError, match="has been changed while it was in use"):
-        initialize(opened, make_batches())
+        initialize(opened, make_batches(), gamma=128.0)
 
 
 def test_weights_that_are_overwritten_during_an_export(

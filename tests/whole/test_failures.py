@@ -116,7 +116,7 @@ def test_full_disk(name: str, tiny_model: Path, tiny_data: Path, out: Path) -> N
     (out / "peft" / "adapter_config.json").write_text("precious")
     before = content(out)
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, tiny_model, tiny_data, "-o", out / name, "--overwrite", "-q"],
+        [sys.executable, "-c", LIMITED, tiny_model, tiny_data, "-o", out / name, "--overwrite", "-q", "--gamma", "128"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
