@@ -173,7 +173,6 @@ def _run(processes: Processes, options: InitOptions) -> None:
     from ..libraries import import_transformers
     from ..machine import own_peaks, use_one_heap
     from ..models.sources import check_model
-    from .bars import Bars
 
     config, growth, wanted, max_bytes = options.config(), options.growth(), options.rows(), options.max_bytes()
     is_main, output = processes.index == 0, options.output
@@ -185,6 +184,8 @@ def _run(processes: Processes, options: InitOptions) -> None:
     check_model(options.model, options.revision)
     data = read_if_local(options.data, wanted.split)
     use_one_heap()
+    from .bars import Bars
+
     with Bars(shown=is_main and not (options.quiet or options.as_json)) as monitor:
         with monitor.timed("import"):
             import_transformers(options.verbose, options.quiet)

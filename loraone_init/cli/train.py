@@ -112,8 +112,14 @@ def _run(options: TrainCommand) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     quiet = options.quiet or options.as_json
     start_logging(quiet, options.verbose, silent=not is_main)
-    settings, rows, evaluated = options.training(), options.rows(), options.rows_to_evaluate()
-    data, evaluation_data = _check(options, settings, is_main)
+    settings, evaluated = options.training(), options.rows_to_evaluate()
+    _check(options, settings, is_main)
+    from ..data.rows import read_if_local
+
+    asked = [(options.data, options.rows())]
+    if evaluated is not None:
+        asked.append((options.eval_data or options.data, evaluated))
+    read = [(read_if_local(source, wanted.split), wanted) for source, wanted in asked]
     with Waiting(shown=is_main and not quiet) as waiting:
         waiting.say(LIBRARIES)
         from ..libraries import import_trainer
@@ -131,9 +137,8 @@ def _run(options: TrainCommand) -> None:
         trust = options.trust_remote_code
         source = resolve_model(options.model, revision=options.revision, token=options.token, trust_remote_code=trust)
         tokenizer = require_tokenizer(source, trust)
-        sample = _load(data, tokenizer, rows, options.token)
-        evaluation = None if evaluated is None else _load(evaluation_data, tokenizer, evaluated, options.token)
-    del data, evaluation_data  # all rows of files
+        sample, *others = [_load(rows, tokenizer, wanted, options.token) for rows, wanted in read]
+    del read  # all rows of files
     if is_main and not options.resume:  # --overwrite has been said
         remove(own_checkpoints(options.output))
     outcome = train(
@@ -142,7 +147,7 @@ def _run(options: TrainCommand) -> None:
         sample,
         options.output,
         settings,
-        evaluation=evaluation,
+        evaluation=others[0] if others else None,
         resume=options.resume,
         trust_remote_code=trust,
     )
@@ -150,11 +155,8 @@ def _run(options: TrainCommand) -> None:
         _finish(outcome, options.output, options.as_json)
 
 
-def _check(options: TrainCommand, settings: TrainOptions, is_main: bool) -> tuple[Rows | str, Rows | str]:
-    """The rows of the data and of the evaluation, where these are files; ids of hub data sets as they are.
-
-    Raises a LoraOneError for paths that cannot be used, and for packages that are missing.
-    """
+def _check(options: TrainCommand, settings: TrainOptions, is_main: bool) -> None:
+    """Raise a LoraOneError for paths that cannot be used, and for packages that are missing."""
     from ..adapter.files import is_single_file, weights_file
     from ..adapter.inputs import check_apart
     from ..data import rows as data_rows
@@ -171,10 +173,6 @@ def _check(options: TrainCommand, settings: TrainOptions, is_main: bool) -> tupl
         _check_output(options.output, options.overwrite, options.resume)
     weights_file(options.adapter)
     check_model(options.model, options.revision)
-    data = data_rows.read_if_local(options.data, options.split)
-    if options.eval_data or options.eval_split:
-        return data, data_rows.read_if_local(options.eval_data or options.data, options.eval_split)
-    return data, ""
 
 
 def _check_start(start: Adapter | PlainAdapter, options: TrainCommand) -> None:

@@ -35,9 +35,10 @@ class Waiting:
         if not self._shown:
             return
         if self._line is None:
-            self._line = _spinner()
+            self._line = _spinner(text)
             self._line.start()
-        self._line.update(self._line.task_ids[0], description=text, refresh=True)
+        else:
+            self._line.update(self._line.task_ids[0], description=text, refresh=True)
 
     def stop(self) -> None:
         """Take the line away, until something is said again."""
@@ -46,7 +47,7 @@ class Waiting:
         self._line = None
 
 
-def _spinner() -> Progress:
+def _spinner(text: str) -> Progress:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
@@ -57,5 +58,5 @@ def _spinner() -> Progress:
         transient=True,
         redirect_stdout=False,  # what is printed there is the command's result
     )
-    line.add_task("")
+    line.add_task(text)
     return line
