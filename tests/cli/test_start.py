@@ -40,7 +40,7 @@ def run(name, *arguments):
     except SystemExit as end:
         text = sys.stderr.getvalue()
         return {"code": end.code, "shown": text, "early": "".join(text for text, late in shown if not late),
-                "modules": sorted(sys.modules)}
+                "printed": sys.stdout.getvalue(), "modules": sorted(sys.modules)}
     finally:
         sys.stderr, sys.stdout = sys.__stderr__, sys.__stdout__
 
@@ -110,6 +110,7 @@ def test_a_run_says_what_it_waits_for_and_takes_it_away_again(found: dict[str, A
     assert places == sorted(places)
     assert min(places) > -1
     assert run["shown"].rfind("\x1b[2K") > max(places)  # the line is erased
+    assert "placement" in run["printed"]  # standard output is no terminal here, and has the plan
     assert run["shown"].rfind("\x1b[?25h") > run["shown"].rfind("\x1b[?25l")  # the cursor is there
 
 
