@@ -14,17 +14,14 @@ import torch
 
 from loraone_init.atomic import atomic_file
 from loraone_init.errors import ExportError
-from loraone_init.extras import require
 from loraone_init.transformers_private import tied_parameters
 
 from .base_model import BaseModel
 from .lora_weights import LoraWeights
+from .packages import require_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-
-SUFFIX = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,12 @@ ARCHITECTURES = {
 """Model types whose linear layers llama.cpp has as they are, but for the order of rows in Q and K."""
 
 
-def require_packages() -> None:
-    """Raise MissingPackageError where a package is not installed that writes the file."""
-    require("gguf", "gguf", by="an adapter for llama.cpp")
-
-
 def export_gguf(base: BaseModel, lora: LoraWeights, output: Path) -> dict[str, Any]:
     """Write the file that llama.cpp's `--lora` takes, in fp32, whole or not at all.
 
     Raises ExportError where the architecture is not known, or llama.cpp has no such layer.
     """
-    require_packages()
+    require_gguf()
     if lora.replacements:
         raise ExportError(
             f"{lora.path} replaces {next(iter(lora.replacements))}, which an adapter of llama.cpp cannot; export merged"

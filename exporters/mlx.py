@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ExportError, describe
-from loraone_init.extras import require
 
 from .base_model import BaseModel
 from .lora_weights import LoraWeights
+from .packages import require_mlx
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +29,12 @@ WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def require_packages() -> None:
-    """Raise MissingPackageError where MLX or mlx-lm is not installed."""
-    require("mlx", "mlx", "mlx_lm", by="an adapter for mlx-lm")
-
-
 def export_mlx(base: BaseModel, lora: LoraWeights, output: Path) -> dict[str, Any]:
     """Write the directory that mlx-lm's `--adapter-path` takes, whole or not at all.
 
     Raises ExportError where mlx-lm does not know the architecture, or has other layers than the adapter.
     """
-    require_packages()
+    require_mlx()
     if lora.replacements:
         raise ExportError(
             f"{lora.path} replaces {next(iter(lora.replacements))}, which an adapter of mlx-lm cannot; export merged"

@@ -1,4 +1,7 @@
-"""The device to compute on; how much memory the process uses, how to use less, and how users write such amounts."""
+"""The device to compute on; how much memory the process uses, how to use less, and how users write such amounts.
+
+Sizes are read without torch: it is imported where a device is asked something.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .environment import environment_number
 from .errors import ConfigError
 from .json_files import shown
+
+if TYPE_CHECKING:
+    import torch
 
 Peaks = tuple[int | None, int | None]
 """Peak bytes of a process: resident, and on its CUDA device. None where that is unknown, or there is none."""
@@ -53,6 +57,8 @@ def used_memory(device: torch.device) -> int:
     had, 0 where nothing).
     """
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.memory_allocated(device)
     try:
         with open("/proc/self/statm") as file:
@@ -69,6 +75,8 @@ def free_memory(device: torch.device) -> int | None:
     process's control groups (containers, batch jobs) leave if that is less. None where the system does not tell.
     """
     if device.type == "cuda":
+        import torch
+
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":
@@ -149,6 +157,8 @@ def use_one_heap() -> None:
 
 def select_device(device: str) -> torch.device:
     """The torch device for an option's value, checked to be there."""
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -166,10 +176,14 @@ def select_device(device: str) -> torch.device:
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, a CUDA device is the current one of this thread, which pins memory for it and waits for it."""
+    import torch
+
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def own_peaks() -> Peaks:
     """The peaks of this process; of its CUDA devices, the one that has the highest."""
+    import torch
+
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
     return peak_memory(), max(map(torch.cuda.max_memory_allocated, devices), default=None)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Stage = Literal["open", "data", "forward", "head", "backward", "svd", "evaluate", "save"]
+Stage = Literal["import", "open", "data", "forward", "head", "backward", "svd", "evaluate", "save"]
 
 
 class Monitor:

@@ -30,6 +30,7 @@ from loraone_init.weights.checkpoint import same_weights
 from ..base_model import BaseModel
 from ..companions import copy_companions
 from ..lora_weights import LoraWeights
+from ..packages import ONNX_ADAPTER
 from .causal import causal_lm, causal_reference, compare_causal
 from .export import PARITY, open_model, sample_prompt
 from .genai_config import write_genai_config
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SUFFIX = ".onnx_adapter"
 _A, _B = FACTORS
 _ENDINGS = (f".{_A}", f".{_B}")
 """A factor's name is that of its layer and one of these."""
@@ -58,7 +58,7 @@ def export_adapter_folder(base: BaseModel, lora: LoraWeights, output: Path, opti
     Raises ExportError where torch cannot export the model, or where ONNX Runtime's outputs are not near PyTorch's.
     """
     _check(base, lora)
-    name = f"{lora.path.stem}{SUFFIX}"
+    name = f"{lora.path.stem}{ONNX_ADAPTER}"
     with atomic_directory(output) as directory:
         copy_companions(base.source.directory, directory)
         model = open_model(base.source.directory, base)
@@ -118,7 +118,7 @@ def _check(base: BaseModel, lora: LoraWeights) -> None:
     if lora.replacements:
         raise ExportError(
             f"{lora.path} replaces whole tensors of the base, such as {next(iter(lora.replacements))}, which an"
-            f" {SUFFIX} file cannot hold; export it with onnx"
+            f" {ONNX_ADAPTER} file cannot hold; export it with onnx"
         )
 
 

@@ -1,21 +1,26 @@
-"""Adapters on disk: one safetensors file, or a directory as PEFT writes it."""
+"""Adapters on disk: one safetensors file, or a directory as PEFT writes it.
+
+torch is imported where tensors are read and written only: paths are checked without it.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..atomic import check_replaceable, is_leftover
 from ..errors import AdapterError, NumericalError, OutputError, describe
 from ..json_files import shown
-from ..linalg.factors import LoraPair
 from ..paths import check_path
-from ..safetensors_files import sort_metadata
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..linalg.factors import LoraPair
 
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base, in its files and in a model that it wraps."""
@@ -131,6 +136,10 @@ def write_weights(
 
     Raises NumericalError for a tensor that is not finite.
     """
+    from safetensors.torch import save_file
+
+    from ..safetensors_files import sort_metadata
+
     tensors: dict[str, torch.Tensor] = {}
     for module, pair in pairs.items():
         name_a, name_b = tensor_names(module)
@@ -158,6 +167,8 @@ def take_saved(tensors: dict[str, torch.Tensor], modules: list[str]) -> dict[str
 
 def pair_up(tensors: dict[str, torch.Tensor]) -> dict[str, LoraPair]:
     """Factors by module, matched by name. Raises AdapterError for a factor without its partner."""
+    from ..linalg.factors import LoraPair
+
     pairs = {}
     for name in tensors:
         found = split_name(name)

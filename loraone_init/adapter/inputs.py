@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import OutputError
-from ..safetensors_files import read_header
 from .files import SUFFIX, WEIGHTS
 
 
@@ -41,6 +40,8 @@ def _is_foreign(place: Path) -> bool:
         return False
     if place.suffix != SUFFIX:
         return True
+    from ..safetensors_files import read_header
+
     try:
         return "loraone" not in read_header(place)[1].get("__metadata__", {})
     except (OSError, ValueError, LookupError, AttributeError):

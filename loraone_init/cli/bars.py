@@ -1,9 +1,10 @@
-"""Progress on standard error: one bar for all of a run, and what its search for γ finds."""
+"""Progress on standard error: what a run waits for, one bar for all of its work, and what its search for γ finds."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from ..monitor import Monitor, Stage
+from .waiting import LIBRARIES, OPENING, READING, Waiting
 
 if TYPE_CHECKING:
     from ..choosing.sample_size import Growth
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 FORWARD, BACKWARD, EVALUATION = 1.0, 3.0, 1.0
 """What a row costs in each stage, against its forward. The backward computes each block again, then the gradients of
 its inputs and weights, and the SVDs: 2.8 times the forward with the demo model on a CPU."""
+
+
+_WAITING: dict[Stage, str] = {"import": LIBRARIES, "open": OPENING, "data": READING}
 
 
 class Work:
@@ -61,7 +66,9 @@ class Work:
 
 
 class Bars(Monitor):
-    """One bar with the time left, where standard error is a terminal; and a line for each γ that is searched."""
+    """What is waited for, then one bar with the time left, where standard error is a terminal; and a line for each γ
+    that is searched.
+    """
 
     def __init__(self, shown: bool = True) -> None:
         super().__init__()
@@ -77,22 +84,36 @@ class Bars(Monitor):
             disable=not (shown and sys.stderr.isatty()),
             speed_estimate_period=3600,  # the weights of the stages make up for their speeds
         )
+        self._waiting = Waiting(shown)
         self._work: Work | None = None
 
     def __enter__(self) -> Bars:
-        self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take away what is shown."""
+        self._waiting.stop()
         self._bar.stop()
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        if stage in _WAITING:
+            self._waiting.say(_WAITING[stage])
+        with super().timed(stage):
+            yield
 
     def expect(self, sample: Sample, gamma: float | Auto, growth: Growth | None) -> None:
         """Tell what is to come, before the first step."""
         from ..initialization.evaluation import expected_passes, num_evaluated
 
         rows, held_out = len(sample.rows), len(sample.held_out)
+        self._waiting.stop()
+        self._bar.start()
         evaluated = (held_out or num_evaluated(rows)) * expected_passes(gamma, bool(held_out))
         self._work = Work([rows] if growth is None else growth.sizes(rows), evaluated)
         self._task = self._bar.add_task("", total=self._work.total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,11 @@ from ..failures import one_line_errors
 from ..version import __version__
 from .export_targets import Gguf, Merged, Mlx, Onnx, OnnxAdapter, Peft, Target
 from .support import CONTEXT, Command, message_options, source_options, start_logging, together, under
+from .waiting import LIBRARIES, OPENING, Waiting
+
+if TYPE_CHECKING:
+    from loraone_init.exporters.base_model import BaseModel
+    from loraone_init.exporters.lora_weights import LoraWeights
 
 _output, _form, _base = under("Output"), under("Form"), under("Base")
 
@@ -148,16 +153,31 @@ def _run(options: Target) -> None:
     """Open the base and the adapter, write the target and say so."""
     with one_line_errors(options.verbose):
         start_logging(options.quiet or options.as_json, options.verbose)
+        from ..adapter.files import weights_file
         from ..adapter.inputs import check_apart
+        from ..models.sources import check_model
 
         check_apart(options.output, (options.model, options.adapter))
         options.check()
+        check_model(options.model, options.revision)
+        weights_file(options.adapter)
+        base, lora = _read(options)
+        _print(options, options.write(base, lora))
+
+
+def _read(options: Target) -> tuple[BaseModel, LoraWeights]:
+    """The base, checked to be the adapter's, and the adapter."""
+    from ..errors import ExportError
+    from ..libraries import import_transformers
+
+    with Waiting(shown=not (options.quiet or options.as_json)) as waiting:
+        waiting.say(LIBRARIES)
+        import_transformers(options.verbose, options.quiet or options.as_json)
         from loraone_init.exporters.base_model import open_base
         from loraone_init.exporters.expert_weights import separate_experts
         from loraone_init.exporters.lora_weights import read_lora
 
-        from ..errors import ExportError
-
+        waiting.say(OPENING)
         lora = read_lora(options.adapter)
         base = open_base(
             options.model,
@@ -168,12 +188,10 @@ def _run(options: Target) -> None:
             any_base=options.any_base,
             task_type=options.task_type(),
         )
-        lora = separate_experts(base.module, lora)
-        if lora.experts and not options.takes_experts:
-            raise ExportError(
-                f"{options.adapter} adapts fused experts, which {options.name} cannot hold; export merged"
-            )
-        _print(options, options.write(base, lora))
+    lora = separate_experts(base.module, lora)
+    if lora.experts and not options.takes_experts:
+        raise ExportError(f"{options.adapter} adapts fused experts, which {options.name} cannot hold; export merged")
+    return base, lora
 
 
 def _print(options: Target, facts: dict[str, Any]) -> None:

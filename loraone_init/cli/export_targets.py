@@ -81,10 +81,10 @@ class Mlx(Target):
     name = "mlx"
 
     def check(self) -> None:
-        from loraone_init.exporters.mlx import require_packages
+        from loraone_init.exporters.packages import require_mlx
 
         super().check()
-        require_packages()
+        require_mlx()
 
     def write(self, base: BaseModel, lora: LoraWeights) -> dict[str, Any]:
         from loraone_init.exporters.mlx import export_mlx
@@ -97,15 +97,15 @@ class Gguf(Target):
     name = "gguf"
 
     def check(self) -> None:
-        from loraone_init.exporters.gguf import SUFFIX, require_packages
+        from loraone_init.exporters.packages import GGUF, require_gguf
 
         from ..adapter.files import check_output
         from ..errors import OutputError
 
-        if self.output.suffix != SUFFIX:
-            raise OutputError(f"{self.output}: this target writes one file; name it {self.output.stem}{SUFFIX}")
-        check_output(self.output, self.overwrite, SUFFIX)
-        require_packages()
+        if self.output.suffix != GGUF:
+            raise OutputError(f"{self.output}: this target writes one file; name it {self.output.stem}{GGUF}")
+        check_output(self.output, self.overwrite, GGUF)
+        require_gguf()
 
     def write(self, base: BaseModel, lora: LoraWeights) -> dict[str, Any]:
         from loraone_init.exporters.gguf import export_gguf
@@ -153,18 +153,20 @@ class OnnxAdapter(Target):
 
     def check(self) -> None:
         """A file where a base graph is given, and a directory where it is written."""
-        from loraone_init.exporters.onnx.adapter import SUFFIX
+        from loraone_init.exporters.packages import ONNX_ADAPTER
 
         from ..adapter.files import check_output
         from ..errors import ConfigError
 
-        is_file = self.output.suffix == SUFFIX
+        is_file = self.output.suffix == ONNX_ADAPTER
         if is_file:
-            check_output(self.output, self.overwrite, SUFFIX)
+            check_output(self.output, self.overwrite, ONNX_ADAPTER)
         else:
             super().check()
         if (self.base_graph is not None) != is_file:
-            raise ConfigError(f"{self.output}: with --base-graph a file {SUFFIX} is written, without it a directory")
+            raise ConfigError(
+                f"{self.output}: with --base-graph a file {ONNX_ADAPTER} is written, without it a directory"
+            )
         if self.base_graph is None:  # else no graph is written
             self._options()
 

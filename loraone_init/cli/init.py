@@ -23,7 +23,10 @@ from .support import CONTEXT, Command, OrAuto, message_options, row_options, sou
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
     from ..data.labels import LabelSource
+    from ..data.rows import Rows
+    from ..data.sample import Sample
     from ..models.opening import OpenModel
+    from ..monitor import Monitor
     from ..processes.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -168,17 +171,13 @@ def main(**given: Any) -> None:
 
 
 def _run(processes: Processes, options: InitOptions) -> None:
+    """What needs no torch is checked before it is imported."""
     from ..adapter.files import check_output
     from ..adapter.inputs import check_apart
-    from ..data.classification_rows import read_labels
-    from ..data.rows import require_packages
-    from ..data.sample import load_sample
-    from ..errors import ModelError
-    from ..initialization.initialize import initialize
+    from ..data.rows import read_if_local, require_packages
+    from ..libraries import import_transformers
     from ..machine import own_peaks, use_one_heap
-    from .bars import Bars
-    from .dry_run import plan, print_plan
-    from .summary import print_summary, print_warning, summarize
+    from ..models.sources import check_model
 
     config, growth, wanted, max_bytes = options.config(), options.growth(), options.rows(), options.max_bytes()
     is_main, output = processes.index == 0, options.output
@@ -187,22 +186,25 @@ def _run(processes: Processes, options: InitOptions) -> None:
         check_output(output, options.overwrite)
     start_logging(options.quiet, options.verbose, silent=not is_main)
     require_packages(options.data)
+    check_model(options.model, options.revision)
+    data = read_if_local(options.data, wanted.split)
     use_one_heap()
+    from .bars import Bars
+
     with Bars(shown=is_main and not (options.quiet or options.as_json)) as monitor:
-        with monitor.timed("open"):
-            labels = partial(read_labels, options.data, wanted, token=options.token)
-            opened = _open(processes, options, max_bytes, labels)
-        if opened.tokenizer is None:
-            raise ModelError(
-                f"{options.model} has no tokenizer that can be read (--verbose says why); put its files beside"
-                " config.json"
-            )
-        with monitor.timed("data"), processes.first():
-            wanted = wanted.for_device(opened.device.type)
-            sample = load_sample(options.data, opened.tokenizer, wanted, token=options.token, labels=opened.labels)
+        with monitor.timed("import"):
+            import_transformers(options.verbose, options.quiet)
+            from ..initialization.initialize import initialize
+            from .dry_run import plan, print_plan
+            from .summary import print_summary, print_warning, summarize
+
+        opened, sample = _prepare(processes, options, data, monitor)
+        del data  # all rows of a file
         if options.dry_run:
             if is_main:
-                print_plan(plan(opened, sample, config, growth, options.schedule, max_bytes), options.as_json)
+                planned = plan(opened, sample, config, growth, options.schedule, max_bytes)
+                monitor.stop()
+                print_plan(planned, options.as_json)
             return
         assert output is not None
         monitor.expect(sample, config.gamma, growth)
@@ -227,6 +229,27 @@ def _run(processes: Processes, options: InitOptions) -> None:
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)
     print_warning(summary)
+
+
+def _prepare(
+    processes: Processes, options: InitOptions, data: Rows | str, monitor: Monitor
+) -> tuple[OpenModel, Sample]:
+    """The model opened, and the rows drawn. data: rows of a file, or the id of a hub data set."""
+    from ..data.classification_rows import read_labels
+    from ..data.sample import load_sample
+    from ..errors import ModelError
+
+    wanted = options.rows()
+    with monitor.timed("open"):
+        labels = partial(read_labels, data, wanted, token=options.token)
+        opened = _open(processes, options, options.max_bytes(), labels)
+    if opened.tokenizer is None:
+        raise ModelError(
+            f"{options.model} has no tokenizer that can be read (--verbose says why); put its files beside config.json"
+        )
+    with monitor.timed("data"), processes.first():
+        wanted = wanted.for_device(opened.device.type)
+        return opened, load_sample(data, opened.tokenizer, wanted, token=options.token, labels=opened.labels)
 
 
 def _open(processes: Processes, options: InitOptions, max_bytes: int | None, labels: LabelSource) -> OpenModel:

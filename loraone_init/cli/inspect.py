@@ -14,6 +14,7 @@ from ..errors import printable
 from ..failures import one_line_errors
 from ..version import __version__
 from .support import CONTEXT, Command, report_options, start_logging, under
+from .waiting import LIBRARIES, Waiting
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -64,11 +65,20 @@ def _run(options: InspectOptions) -> None:
 
         check_apart(options.html, (options.adapter, options.compare))
         _check_page(options.html, options.overwrite)
-    from ..adapter.adapter import Adapter
-    from ..errors import NoRecordError
-    from ..inspection.comparison import compare_adapters
-    from ..inspection.facts import find_anomalies, layer_facts
-    from ..inspection.tables import print_adapter, print_comparison
+    from ..adapter.files import weights_file
+
+    for given in filter(None, (options.adapter, options.compare)):
+        weights_file(given)
+    with Waiting(shown=not options.as_json) as waiting:
+        waiting.say(LIBRARIES)
+        from ..libraries import import_torch
+
+        import_torch()
+        from ..adapter.adapter import Adapter
+        from ..errors import NoRecordError
+        from ..inspection.comparison import compare_adapters
+        from ..inspection.facts import find_anomalies, layer_facts
+        from ..inspection.tables import print_adapter, print_comparison
 
     try:
         shown = Adapter.load(options.adapter)

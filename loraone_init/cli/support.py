@@ -147,23 +147,18 @@ def start_logging(quiet: bool, verbose: bool, silent: bool = False) -> None:
     logger.setLevel(logging.ERROR if silent else level)
     if not verbose:
         _silence_libraries()
-        if quiet:
-            from huggingface_hub.utils.tqdm import disable_progress_bars
-
-            disable_progress_bars()
 
 
 def _silence_libraries() -> None:
-    """Drop Python's warnings, the messages of loggers without a handler, and those of the loud ones that have one."""
+    """Drop Python's warnings, the messages of loggers without a handler, and those of the loud ones that have one.
+
+    Those of transformers are dropped when it is imported: `libraries.import_transformers`.
+    """
     warnings.simplefilter("ignore")
     if not logging.getLogger().handlers:
         logging.getLogger().addHandler(logging.NullHandler())  # else Python prints the warnings of all
     for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last complains of torchao
         logging.getLogger(library).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 class _StandardError(logging.Handler):

@@ -13,12 +13,16 @@ import click
 from ..data.options import DataOptions
 from ..errors import printable
 from ..failures import one_line_errors
-from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions
+from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions, require_packages
 from ..version import __version__
 from .support import CONTEXT, Command, message_options, row_options, source_options, start_logging, under
 from .train_options import TrainCommand
+from .waiting import LIBRARIES, READING, Waiting
 
 if TYPE_CHECKING:
+    from ..adapter.adapter import Adapter
+    from ..adapter.plain import PlainAdapter
+    from ..data.rows import Rows
     from ..data.sample import Sample
     from ..training.trainer import Outcome
 
@@ -104,29 +108,78 @@ def main(**given: Any) -> None:
 
 
 def _run(options: TrainCommand) -> None:
+    """What needs no torch is checked before it is imported."""
     is_main = os.environ.get("RANK", "0") == "0"
-    start_logging(options.quiet or options.as_json, options.verbose, silent=not is_main)
-    from ..adapter.files import is_single_file
+    quiet = options.quiet or options.as_json
+    start_logging(quiet, options.verbose, silent=not is_main)
+    settings, evaluated = options.training(), options.rows_to_evaluate()
+    _check(options, settings, is_main)
+    from ..data.rows import read_if_local
+
+    asked = [(options.data, options.rows())]
+    if evaluated is not None:
+        asked.append((options.eval_data or options.data, evaluated))
+    read = [(read_if_local(source, wanted.split), wanted) for source, wanted in asked]
+    with Waiting(shown=is_main and not quiet) as waiting:
+        waiting.say(LIBRARIES)
+        from ..libraries import import_trainer
+
+        import_trainer(options.verbose, quiet)
+        from ..adapter.plain import load_to_train
+        from ..models.sources import resolve_model
+        from ..models.tokenizer import require_tokenizer
+        from ..training.checkpoints import own_checkpoints, remove
+        from ..training.trainer import train
+
+        waiting.say(READING)
+        start = load_to_train(options.adapter)
+        _check_start(start, options)
+        trust = options.trust_remote_code
+        source = resolve_model(options.model, revision=options.revision, token=options.token, trust_remote_code=trust)
+        tokenizer = require_tokenizer(source, trust)
+        sample, *others = [_load(rows, tokenizer, wanted, options.token) for rows, wanted in read]
+    del read  # all rows of files
+    if is_main and not options.resume:  # --overwrite has been said
+        remove(own_checkpoints(options.output))
+    outcome = train(
+        source,
+        start,
+        sample,
+        options.output,
+        settings,
+        evaluation=others[0] if others else None,
+        resume=options.resume,
+        trust_remote_code=trust,
+    )
+    if is_main:
+        _finish(outcome, options.output, options.as_json)
+
+
+def _check(options: TrainCommand, settings: TrainOptions, is_main: bool) -> None:
+    """Raise a LoraOneError for paths that cannot be used, and for packages that are missing."""
+    from ..adapter.files import is_single_file, weights_file
     from ..adapter.inputs import check_apart
-    from ..adapter.plain import PlainAdapter, load_to_train
     from ..data import rows as data_rows
-    from ..errors import ConfigError, OutputError
-    from ..models.sources import resolve_model
-    from ..models.tokenizer import require_tokenizer
+    from ..errors import OutputError
+    from ..models.sources import check_model
 
     if is_single_file(options.output):
         raise OutputError(f"{options.output}: a training writes a directory, with checkpoints; leave .safetensors out")
-    settings, rows, evaluated = options.training(), options.rows(), options.rows_to_evaluate()
-    from ..training.checkpoints import own_checkpoints, remove
-    from ..training.trainer import require_packages, train
-
     require_packages(settings)
     for needed in filter(None, (options.data, options.eval_data)):
         data_rows.require_packages(needed)
     if is_main:  # the others would find what this one writes
         check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data))
         _check_output(options.output, options.overwrite, options.resume)
-    start = load_to_train(options.adapter)
+    weights_file(options.adapter)
+    check_model(options.model, options.revision)
+
+
+def _check_start(start: Adapter | PlainAdapter, options: TrainCommand) -> None:
+    """Raise ConfigError where this adapter cannot be trained here."""
+    from ..adapter.plain import PlainAdapter
+    from ..errors import ConfigError
+
     if isinstance(start, PlainAdapter):
         logger.info(
             "%s is another tool's adapter: preconditioned by default, and saved without a record", options.adapter
@@ -137,27 +190,6 @@ def _run(options: TrainCommand) -> None:
             f"{options.adapter} is for {start.task_type}, and loraone-train trains causal language models only; load it"
             " with PEFT in another trainer"
         )
-    trust = options.trust_remote_code
-    source = resolve_model(options.model, revision=options.revision, token=options.token, trust_remote_code=trust)
-    tokenizer = require_tokenizer(source, trust)
-    data = _load(options.data, tokenizer, rows, options.token)
-    evaluation = None
-    if evaluated is not None:
-        evaluation = _load(options.eval_data or options.data, tokenizer, evaluated, options.token)
-    if is_main and not options.resume:  # --overwrite has been said
-        remove(own_checkpoints(options.output))
-    outcome = train(
-        source,
-        start,
-        data,
-        options.output,
-        settings,
-        evaluation=evaluation,
-        resume=options.resume,
-        trust_remote_code=trust,
-    )
-    if is_main:
-        _finish(outcome, options.output, options.as_json)
 
 
 def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
@@ -173,7 +205,7 @@ def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
                 raise OutputError(f"{output / name} exists already; choose another output, or pass --overwrite")
 
 
-def _load(data: str, tokenizer: Any, rows: DataOptions, token: str | None) -> Sample:
+def _load(data: Rows | str, tokenizer: Any, rows: DataOptions, token: str | None) -> Sample:
     from ..data.sample import load_sample
 
     return load_sample(data, tokenizer, rows, token=token)

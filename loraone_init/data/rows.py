@@ -107,6 +107,16 @@ def require_packages(source: str) -> None:
         require("data", "pyarrow", by=repr(source))
 
 
+def read_if_local(source: str, split: str | None = None) -> Rows | str:
+    """The rows of a file; the id of a hub data set as it is.
+
+    Neither torch nor a hub is asked: commands do this first, so that nobody waits for a model to hear of a wrong path.
+    Raises what `read_rows` does.
+    """
+    check_path(source, DataError)
+    return read_rows(source, split=split) if _is_file(source) else source
+
+
 def quoted(source: str) -> str:
     """A source as messages name it: paths and ids in quotes."""
     return "the list of rows" if source == FROM_PYTHON else repr(source)

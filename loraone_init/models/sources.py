@@ -57,45 +57,47 @@ def resolve_model(
     path would mean nothing elsewhere, and tell who made the adapter. Hub files come from the hub's own cache;
     `HF_TOKEN`, `HF_HUB_OFFLINE` and `HF_HOME` are respected. Raises ModelError where there is no such thing.
     """
-    check_path(model, ModelError)
-    directory = _local_directory(model)
-    if directory is None:
+    place = check_model(model, revision)
+    if place is None:
         return LocalModel(_download(model, revision, token, trust_remote_code), model, revision, model)
-    if revision is not None:
-        raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave `revision` out")
+    directory = convert_gguf(place) if _is_gguf(place) else place
     path = str(directory.resolve())
     check_path(path, ModelError)
-    return LocalModel(directory, _gguf_name(model) or path, opened_from=path)
+    name = f"{place.name}@sha256:{_content_key(place)}" if _is_gguf(place) else path
+    return LocalModel(directory, name, opened_from=path)
 
 
-def _gguf_name(model: str) -> str | None:
-    """FILE.gguf@sha256:0123456789ab; None for what is no GGUF file."""
-    file = _demo_file() if model == DEMO else Path(os.path.expanduser(model))
-    return f"{file.name}@sha256:{_content_key(file)}" if file.suffix.lower() == ".gguf" else None
+def check_model(model: str, revision: str | None = None) -> Path | None:
+    """The directory or .gguf file of a model that is on this machine; None for a hub id.
 
-
-def _local_directory(model: str) -> Path | None:
-    """The directory of a model that is on this machine; None for a hub id."""
-    if model == DEMO:
-        return convert_gguf(_demo_file())
-    path = Path(os.path.expanduser(model))
-    if path.suffix.lower() == ".gguf":
-        return convert_gguf(path)
-    if os.path.isdir(path):
-        if not (path / "config.json").is_file():
+    Nothing is read, fetched or imported: commands ask this before anything that takes time. Raises ModelError where
+    there is no such thing, ConfigError for the revision of what is on this machine.
+    """
+    check_path(model, ModelError)
+    place = _demo_file() if model == DEMO else Path(os.path.expanduser(model))
+    if _is_gguf(place):
+        if not os.path.isfile(place):
+            raise ModelError(f"there is no file {place}; {_EXPECTED}")
+    elif os.path.isdir(place):
+        if not (place / "config.json").is_file():
             raise ModelError(f"{model} is no model directory: it has no config.json; {_EXPECTED}")
-        return path
-    if os.path.isfile(path):
+    elif os.path.isfile(place):
         raise ModelError(f"{model} is a file; {_EXPECTED}")
-    if not _HUB_ID.fullmatch(model):
+    elif not _HUB_ID.fullmatch(model):
         raise ModelError(f"there is no model directory {model}; {_EXPECTED}")
-    return None
+    else:
+        return None
+    if revision is not None:
+        raise ConfigError(f"revision {revision!r} is for hub models, but {model} is no hub id; leave `revision` out")
+    return place
+
+
+def _is_gguf(place: Path) -> bool:
+    return place.suffix.lower() == ".gguf"
 
 
 def convert_gguf(file: Path) -> Path:
     """The safetensors directory (fp32) of a GGUF file, made on first use and found by the file's content after that."""
-    if not os.path.isfile(file):
-        raise ModelError(f"there is no file {file}; {_EXPECTED}")
     target = cache_directory() / f"{file.stem}-{_content_key(file)}"
     remove_leftovers(target.parent)  # of conversions that were killed: hundreds of MiB each
     if (target / "config.json").is_file():

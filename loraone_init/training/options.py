@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..errors import ConfigError
+from ..extras import require
 from ..ranges import check_range
 
 OptimizerName = Literal["preconditioned", "adamw"]
@@ -59,3 +60,10 @@ class TrainOptions:
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name))
         check_range("training_seed", self.seed, "seed")
+
+
+def require_packages(options: TrainOptions) -> None:
+    """Raise MissingPackageError where a package is not installed that a training with these options needs."""
+    require("train", "peft", "accelerate", by="training")
+    if options.report_to == "tensorboard":
+        require("tensorboard", "tensorboard", by="reporting to TensorBoard")

@@ -23,7 +23,6 @@ from ..data.batches import collate
 from ..data.sample import Sample
 from ..environment import environment_number
 from ..errors import ConfigError, ModelError
-from ..extras import require
 from ..linalg.factors import LoraPair
 from ..models.dtypes import DType
 from ..models.foreign import told_as_model_error
@@ -33,7 +32,7 @@ from ..optim.adamw import PreconditionedAdamW
 from ..weights.checkpoint import Checkpoint, same_weights
 from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints, is_distributed
 from .checkpoints import check_state, last_whole, step_of
-from .options import Precision, TrainOptions
+from .options import Precision, TrainOptions, require_packages
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,13 +53,6 @@ class Outcome:
     total_steps: int
     interrupted: bool
     log: list[dict[str, float]]
-
-
-def require_packages(options: TrainOptions) -> None:
-    """Raise MissingPackageError where a package is not installed that a training with these options needs."""
-    require("train", "peft", "accelerate", by="training")
-    if options.report_to == "tensorboard":
-        require("tensorboard", "tensorboard", by="reporting to TensorBoard")
 
 
 def train(

@@ -35,10 +35,6 @@ def test_export_says_one_line(target: str, initialised: Path, tiny_model: Path, 
     assert (done.stderr, done.stdout.count("\n")) == ("", 1)
 
 
-def test_inspect_says_its_tables_only(initialised: Path) -> None:
-    assert run("inspect", initialised).stderr == ""
-
-
 def test_a_conversion_shows_no_bar_of_the_library(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""What benchmarks/startup.py measures with: imports by package, and what a command shows, as it shows it."""
