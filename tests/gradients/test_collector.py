@@ -1,0 +1,44 @@
+"""A layer's gradient, whatever the model goes on to do with its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from loraone_init.gradients.collector import Collector
+
+
+def divide(y: torch.Tensor) -> torch.Tensor:
+    y /= 3.0
+    return y
+
+
+def divide_a_view(y: torch.Tensor) -> torch.Tensor:
+    y.view(-1)[:5] /= 3.0
+    return y
+
+
+def overwrite_a_part(y: torch.Tensor) -> torch.Tensor:
+    y[0] = 1.0
+    return torch.relu_(y)
+
+
+@pytest.mark.parametrize("change", [divide, divide_a_view, overwrite_a_part])
+@pytest.mark.parametrize("differentiable_input", [True, False])
+def test_output_changed_in_place(change: Callable[[torch.Tensor], torch.Tensor], differentiable_input: bool) -> None:
+    """As Longformer and LED do with their queries. With a bias, a layer of three-dimensional input returns a view."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=differentiable_input)
+    change(layer(x)).square().sum().backward()
+    expected = layer.weight.grad
+    assert expected is not None
+    assert expected.norm() > 1.0
+    collector = Collector({"layer": layer.requires_grad_(False)})
+    with collector.attached():
+        y = change(layer(x))
+    y.square().sum().backward()
+    torch.testing.assert_close(collector.take("layer", 1.0).G, expected)
