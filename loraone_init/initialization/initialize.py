@@ -38,6 +38,7 @@ from .agreement import check_agreement
 from .evaluation import LossEvaluator, evaluate_step, expected_passes
 from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
+from .padding import unpadded_where_needed
 from .passes import GradientPass, PassResult
 from .room import SpareMemory, find_spare_memory
 
@@ -146,6 +147,8 @@ def _compute(
         return gradient_pass.run(batches_of(sample), in_halves=in_halves)
 
     with _ready(opened, stack, targets, spare):
+        with monitor.timed("forward"):
+            given, others = unpadded_where_needed(stack, objective, given, others, processes)
         used, found, grown = grow(given, growth, take)
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
