@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapter.wording import count, describe_sample
+from ..adapter.wording import count, describe_ranks, describe_sample
 from ..choosing.sample_size import Growth
 from ..config import InitConfig
 from ..data.sample import Sample
@@ -33,7 +33,8 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
     config, limits = rank_limits(targets, config)
     budget = config.rank_budget
-    ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
+    ranks = sum(limits.values()) if budget is None else budget.total(len(limits))
+    each = limits if budget is None else dict.fromkeys(limits, ranks / len(limits))
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
     memory = estimate_memory(opened, targets, sample.batches, growth is not None, limits)
     sizes = growth.sizes(len(sample.rows)) if growth else [len(sample.rows)]
@@ -45,9 +46,10 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
         "rank": config.rank,
+        "smaller_ranks": {} if budget else {name: rank for name, rank in limits.items() if rank < config.rank},
         "gamma": config.gamma,
         "rank_budget": None if budget is None else {"total": ranks, "least": 1, "most": max(limits.values())},
-        "parameters": round(ranks / len(limits) * sum(sum(layer_shape(module)) for module in targets.values())),
+        "parameters": _count_parameters(targets, each),
         "sample": sample.facts(),
         "growth": {"samples": sizes, "tolerance": growth.tolerance} if growth else None,
         "device": str(opened.device),
@@ -56,6 +58,10 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
         "memory_bytes": {"program": program, **asdict(memory), "total": program + memory.total},
         "seconds": round(seconds * sum(sizes) / sizes[-1], 1),
     }
+
+
+def _count_parameters(targets: Mapping[str, nn.Module], ranks: Mapping[str, float]) -> int:
+    return round(sum(ranks[name] * sum(layer_shape(module)) for name, module in targets.items()))
 
 
 def _kind(name: str, module: nn.Module) -> str:
@@ -71,6 +77,8 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
     memory = content["memory_bytes"]
     budget = content["rank_budget"]
     ranks = f"of rank {content['rank']}"
+    if smaller := content["smaller_ranks"]:
+        ranks += f", or what their shapes allow: {describe_ranks([*smaller.values()])} in {len(smaller)} of them"
     if budget:
         ranks = f"of {budget['total']:,} ranks together, {budget['least']} to {budget['most']} each"
     parts = {
