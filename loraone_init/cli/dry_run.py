@@ -17,6 +17,7 @@ from ..data.sample import Sample
 from ..initialization.estimate import estimate_memory, estimate_seconds
 from ..initialization.evaluation import expected_passes
 from ..initialization.layer_starts import rank_limits
+from ..initialization.peft_check import taken_by_peft
 from ..layers.experts import ExpertLinear
 from ..layers.targets import layer_shape, select_targets
 from ..machine import describe_size, used_memory
@@ -31,6 +32,7 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
     growth: of the sample, which is then all rows that it may have; the figures are those of growing up to them.
     """
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
+    targets = taken_by_peft(opened.module, targets, config)
     config, limits = rank_limits(targets, config)
     budget = config.rank_budget
     ranks = sum(limits.values()) if budget is None else budget.total(len(limits))

@@ -40,6 +40,7 @@ from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
 from .padding import unpadded_where_needed
 from .passes import GradientPass, PassResult
+from .peft_check import taken_by_peft
 from .room import SpareMemory, find_spare_memory
 
 
@@ -121,6 +122,7 @@ def _compute(
     rows = batches_of(given)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, inputs.config.target_modules, inputs.config.exclude_modules, saved)
+    targets = taken_by_peft(opened.module, targets, inputs.config)
     config, limits = rank_limits(targets, inputs.config)
     objective = _choose_objective(opened, loss)
     if not rows:
