@@ -84,6 +84,7 @@ class Collector:
         if not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
+        _check_product(name, module, x, output)
         add = partial(self._add, name, x.detach(), x._version)
         passed: torch.Tensor = _Passing.apply(_TRIGGER, output, add)  # type: ignore[no-untyped-call]
         return passed
@@ -126,6 +127,17 @@ class _Passing(torch.autograd.Function):
     def backward(ctx: Any, dY: torch.Tensor) -> tuple[None, torch.Tensor, None]:
         ctx.take(dY)
         return None, dY, None
+
+
+def _check_product(name: str, module: nn.Module, x: Any, output: Any) -> None:
+    """Raise ModelError where a layer does not compute x·Wᵀ, by the shapes: dYᵀX would be no gradient of its weight."""
+    out, inner = layer_shape(module)
+    if not isinstance(output, torch.Tensor) or output.shape != (*x.shape[:-1], out) or x.shape[-1] != inner:
+        given = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ModelError(
+            f"layer {name} of shape {(out, inner)} takes {tuple(x.shape)} to {given}, which is not x·Wᵀ; leave it out"
+            f' with `exclude_modules="{name.rpartition(".")[2]}"`'
+        )
 
 
 def _wide(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from loraone_init.errors import ModelError
 from loraone_init.gradients.collector import Collector
 
 
@@ -42,3 +43,19 @@ def test_output_changed_in_place(change: Callable[[torch.Tensor], torch.Tensor],
         y = change(layer(x))
     y.square().sum().backward()
     torch.testing.assert_close(collector.take("layer", 1.0).G, expected)
+
+
+class Grouped(nn.Linear):
+    """Two groups of inputs, each with half of the rows of the weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.stack([input[:, i] @ half.T for i, half in enumerate(self.weight.chunk(2))], dim=1)
+
+
+def test_layer_that_computes_something_else_is_an_error() -> None:
+    layer = Grouped(4, 6, bias=False)
+    with (
+        Collector({"model.o_proj": layer}).attached(),
+        pytest.raises(ModelError, match=r"o_proj of shape \(6, 4\) takes \(5, 2, 4\) to \(5, 2, 3\), which"),
+    ):
+        layer(torch.randn(5, 2, 4))
