@@ -38,7 +38,8 @@ def taken_by_peft(model: nn.Module, targets: Mapping[str, nn.Module], config: In
     All of them where PEFT is not installed, for quantized weights, whose layers PEFT tells by their tensors, and for
     modules of the user's own: PEFT treats those of transformers in ways of its own.
 
-    Raises ModelError where such a layer was asked for by name, not as a part of "all-linear".
+    Raises ModelError where such a layer was asked for by name, not as a part of "all-linear", or less than half of them
+    would be left.
     """
     if importlib.util.find_spec("peft") is None:
         logger.debug("PEFT is not installed, so that whether it takes the adapter is not tried")
@@ -57,7 +58,7 @@ def taken_by_peft(model: nn.Module, targets: Mapping[str, nn.Module], config: In
     if not lost:
         return left
     reason = trial.reasons.get(lost[0], "it would not load their factors, since it renames them")
-    if config.target_modules != ALL_LINEAR or not left:
+    if config.target_modules != ALL_LINEAR or 2 * len(left) < len(targets):
         raise ModelError(
             f"PEFT does not take {len(lost)} of {len(targets)} layers, such as {lost[0]}: {reason}; leave them out with"
             f' `exclude_modules="{",".join(_endings(lost))}"`'

@@ -66,6 +66,12 @@ def test_layers_asked_for_by_name_are_an_error():
         taken_by_peft(model, select_targets(model, config.target_modules), config)
 
 
+def test_an_adapter_of_less_than_half_is_an_error():
+    model, config = make_mamba(), InitConfig(exclude_modules=("in_proj",))
+    with pytest.raises(ModelError, match="does not take 2 of 2 layers"):
+        taken_by_peft(model, select_targets(model, "all-linear", config.exclude_modules), config)
+
+
 def test_layers_that_it_would_not_load_are_left_out(tmp_path, caplog):
     adapter = initialize(make_laguna(), make_batches((9,)), rank=2)
     assert "PEFT does not take 3 of" in caplog.text
