@@ -10,13 +10,14 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ..adapter.wording import count, describe_sample
+from ..adapter.wording import count, describe_ranks, describe_sample
 from ..choosing.sample_size import Growth
 from ..config import AUTO, Auto, InitConfig, Schedule
 from ..data.sample import Sample
 from ..initialization.estimate import estimate_memory, estimate_seconds, matrix_rate
 from ..initialization.evaluation import expected_passes
 from ..initialization.layer_starts import rank_limits
+from ..initialization.peft_check import taken_by_peft
 from ..initialization.schedule import choose_schedule
 from ..layers.experts import ExpertLinear
 from ..layers.targets import layer_shape, select_targets
@@ -39,9 +40,11 @@ def plan(
     growth: of the sample, which is then all rows that it may have; the figures are those of growing up to them.
     """
     targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
+    targets = taken_by_peft(opened.module, targets, config)
     config, limits = rank_limits(targets, config)
     budget = config.rank_budget
-    ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
+    ranks = sum(limits.values()) if budget is None else budget.total(len(limits))
+    each = limits if budget is None else dict.fromkeys(limits, ranks / len(limits))
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
     chosen = choose_schedule(
         schedule, opened, targets, [*sample.batches, *sample.held_out_batches], max_memory, growth is not None, limits
@@ -60,9 +63,10 @@ def plan(
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
         "rank": config.rank,
+        "smaller_ranks": {} if budget else {name: rank for name, rank in limits.items() if rank < config.rank},
         "gamma": config.gamma,
         "rank_budget": None if budget is None else {"total": ranks, "least": 1, "most": max(limits.values())},
-        "parameters": round(ranks / len(limits) * sum(sum(layer_shape(module)) for module in targets.values())),
+        "parameters": _count_parameters(targets, each),
         "sample": sample.facts(),
         "growth": {"samples": sizes, "tolerance": growth.tolerance} if growth else None,
         "device": str(opened.device),
@@ -72,6 +76,10 @@ def plan(
         "memory_bytes": {"program": program, **asdict(chosen.needs), "total": program + chosen.needs.total},
         "seconds": costs[chosen.schedule]["seconds"],
     }
+
+
+def _count_parameters(targets: Mapping[str, nn.Module], ranks: Mapping[str, float]) -> int:
+    return round(sum(ranks[name] * sum(layer_shape(module)) for name, module in targets.items()))
 
 
 def _kind(name: str, module: nn.Module) -> str:
@@ -87,6 +95,8 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
     memory = content["memory_bytes"]
     budget = content["rank_budget"]
     ranks = f"of rank {content['rank']}"
+    if smaller := content["smaller_ranks"]:
+        ranks += f", or what their shapes allow: {describe_ranks([*smaller.values()])} in {len(smaller)} of them"
     if budget:
         ranks = f"of {budget['total']:,} ranks together, {budget['least']} to {budget['most']} each"
     parts = {

@@ -65,9 +65,9 @@ def summarize(
 
 
 def _summarize_ranks(adapter: Adapter) -> dict[str, float] | None:
-    """Of the layers, where a budget gave them several."""
+    """Of the layers, where a budget or their shapes gave them several."""
     ranks = adapter.ranks.values()
-    if adapter.config.rank_budget is None:
+    if adapter.config.rank_budget is None and len(set(ranks)) == 1:
         return None
     return {"min": min(ranks), "median": median(ranks), "max": max(ranks), "total": sum(ranks)}
 

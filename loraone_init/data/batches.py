@@ -57,11 +57,17 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     return {name: _stacked([row[name][0] for row in fields], pad) for name, (_, pad) in fields[0].items()}
 
 
-def rows_of_like_length(rows: Sequence[TokenRow], batch_size: int, batch_tokens: int) -> Iterator[list[TokenRow]]:
-    """Groups of at most so many rows and tokens, none much shorter than the longest of its group, shortest first."""
+def rows_of_like_length(
+    rows: Sequence[TokenRow], batch_size: int, batch_tokens: int, *, equal: bool = False
+) -> Iterator[list[TokenRow]]:
+    """Groups of at most so many rows and tokens, none much shorter than the longest of its group, shortest first.
+
+    equal: whether those of a group all have the same length, so that nothing is padded.
+    """
     members: list[TokenRow] = []
     for row in sorted(rows, key=lambda row: row.lengths):
-        if members and not _fit([*members, row], batch_size, batch_tokens):
+        apart = equal and bool(members) and row.lengths != members[0].lengths
+        if members and (apart or not _fit([*members, row], batch_size, batch_tokens)):
             yield members
             members = []
         members.append(row)
@@ -81,3 +87,51 @@ def _stacked(values: list[Any], pad: int | None) -> torch.Tensor:
         return torch.tensor(values)
     width = max(map(len, values))
     return torch.tensor([row + [pad] * (width - len(row)) for row in values], dtype=torch.int64)
+
+
+def row_lengths(batch: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Of each row: its tokens, and its labels up to the last that is trained on, or all where labels are no sequence.
+
+    [] for a batch that has no attention mask, whose padding is not on the right, or that cannot be divided by rows.
+    """
+    if not {"input_ids", "attention_mask", "labels"} <= batch.keys():
+        return []
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    if not all(
+        isinstance(tensor, torch.Tensor) and tensor.ndim and len(tensor) == len(ids) for tensor in batch.values()
+    ):
+        return []
+    if ids.ndim != 2 or mask.shape != ids.shape or bool((mask[:, 1:] > mask[:, :-1]).any()):
+        return []
+    tokens = [int(row.sum()) for row in mask]
+    if labels.ndim != 2 or not bool((labels == IGNORED).any()):
+        return [(length, labels[0].numel()) for length in tokens]
+    trained = [torch.nonzero(row != IGNORED).flatten() for row in labels]
+    return [(length, int(each[-1]) + 1 if len(each) else 1) for length, each in zip(tokens, trained, strict=True)]
+
+
+def is_padded(batch: Any) -> bool:
+    """Whether rows of a batch end in padding that `without_padding` takes away."""
+    lengths = row_lengths(batch) if isinstance(batch, Mapping) else []
+    return any(tokens < batch["input_ids"].shape[1] for tokens, _ in lengths) or len({*lengths}) > 1
+
+
+def without_padding(batch: Batch) -> list[Batch]:
+    """The rows of a batch, those of one length together, without their padding. `batch` itself where it has none."""
+    if not is_padded(batch):
+        return [batch]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, lengths in enumerate(row_lengths(batch)):
+        groups.setdefault(lengths, []).append(row)
+    return [_trimmed(batch, rows, *lengths) for lengths, rows in sorted(groups.items())]
+
+
+def _trimmed(batch: Batch, rows: list[int], tokens: int, labels: int) -> Batch:
+    """These rows, cut to so many tokens and labels. What a decoder is given goes by the labels."""
+    widths = {"input_ids": (batch["input_ids"].shape, tokens), "labels": (batch["labels"].shape, labels)}
+    trimmed = {}
+    for name, tensor in batch.items():
+        shape, width = widths["labels" if name == "labels" or name.startswith("decoder_") else "input_ids"]
+        chosen = tensor[rows]
+        trimmed[name] = chosen[:, :width] if tensor.shape[:2] == shape and tensor.ndim >= 2 else chosen
+    return trimmed

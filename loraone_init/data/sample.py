@@ -45,6 +45,7 @@ class Sample:
     pad_id:           what fills up shorter rows of a micro-batch.
     labels:           of a classification.
     held_out:         rows that the batches are not made of.
+    padded:           whether rows of different length may be in one batch; False for a model that cannot be padded.
     """
 
     source: str
@@ -63,6 +64,7 @@ class Sample:
     pad_id: int
     labels: Labels | None = None
     held_out: list[TokenRow] = field(default_factory=list)
+    padded: bool = True
 
     def __repr__(self) -> str:
         held_out = f", {len(self.held_out):,} more held out" if self.held_out else ""
@@ -85,7 +87,7 @@ class Sample:
         if not rows:
             return []
         tokens = self.options.batch_tokens or CPU_BATCH_TOKENS
-        groups = rows_of_like_length(rows, self.options.batch_size, tokens)
+        groups = rows_of_like_length(rows, self.options.batch_size, tokens, equal=not self.padded)
         return [collate(group, self.pad_id) for group in groups]
 
     def for_device(self, device_type: str) -> Sample:
@@ -113,7 +115,7 @@ class Sample:
 
     def facts(self) -> dict[str, Any]:
         """All but the rows: the record in the adapter's metadata."""
-        left_out = ("rows", "places", "dropped", "pad_id", "labels", "held_out")
+        left_out = ("rows", "places", "dropped", "pad_id", "labels", "held_out", "padded")
         record = {key: getattr(self, key) for key in (f.name for f in fields(self)) if key not in left_out}
         labels = {} if self.labels is None else {"labels": list(self.labels.names), "problem": self.labels.problem}
         held = {"rows_held_out": len(self.held_out), "sha256_held_out": digest(self.held_out)} if self.held_out else {}

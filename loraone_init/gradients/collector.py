@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,7 +27,8 @@ class Collector:
     """Sums dYᵀX of the target layers, in fp32 or better whatever the model's dtype.
 
     The gradient of the weight itself is never asked for: a layer's input is kept by a forward hook and multiplied
-    with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike.
+    with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike. The output
+    passes through `_Passing`: a hook on the tensor would be lost where a model goes on to change a view in place.
     Products wait until enough tokens are together (see `_wide`): narrow ones are mostly reading and writing of the sum.
 
     num_parts: sums of each layer; `turn_to` says which of them what comes now adds to.
@@ -84,10 +85,10 @@ class Collector:
         if not torch.is_grad_enabled():
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if not output.requires_grad:  # below, nothing needs a gradient: start the graph here
-            output = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-        output.register_hook(partial(self._add, name, x.detach(), x._version))
-        return output
+        _check_product(name, module, x, output)
+        add = partial(self._add, name, x.detach(), x._version)
+        passed: torch.Tensor = _Passing.apply(_TRIGGER, output, add)  # type: ignore[no-untyped-call]
+        return passed
 
     def _add(self, name: str, x: torch.Tensor, version: int, dY: torch.Tensor) -> None:
         if x._version != version:  # the product would be of another x, and nothing else would notice
@@ -104,6 +105,40 @@ class Collector:
         dY, X = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
         sums = self._sums[self._part]
         sums[name] = add_product(sums.get(name), dY, X)
+
+
+_TRIGGER = torch.zeros((), device="cpu", requires_grad=True)
+"""Where nothing below a layer needs a gradient, the graph starts with this; it gets none."""
+
+
+class _Passing(torch.autograd.Function):
+    """A layer's output as it is; `take` is called with its gradient, which then passes on.
+
+    What comes out shares the storage, but is no view, whatever the layer returned: it may be changed in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, trigger: torch.Tensor, output: torch.Tensor, take: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.take = take
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dY: torch.Tensor) -> tuple[None, torch.Tensor, None]:
+        ctx.take(dY)
+        return None, dY, None
+
+
+def _check_product(name: str, module: nn.Module, x: Any, output: Any) -> None:
+    """Raise ModelError where a layer does not compute x·Wᵀ, by the shapes: dYᵀX would be no gradient of its weight."""
+    out, inner = layer_shape(module)
+    if not isinstance(output, torch.Tensor) or output.shape != (*x.shape[:-1], out) or x.shape[-1] != inner:
+        given = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise ModelError(
+            f"layer {name} of shape {(out, inner)} takes {tuple(x.shape)} to {given}, which is not x·Wᵀ; leave it out"
+            f' with `exclude_modules="{name.rpartition(".")[2]}"`'
+        )
 
 
 def _wide(module: nn.Module) -> int:

@@ -6,7 +6,7 @@ adapter would see what passes through it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,18 @@ from .micro_batches import MicroBatches
 from .objective import Objective
 
 
+class UncalledError(ModelError):
+    """layers: those that are never called, but whose weights a forward reads."""
+
+    def __init__(self, message: str, layers: Sequence[str]) -> None:
+        super().__init__(message)
+        self.layers = tuple(layers)
+
+
 def check_uncalled(
     stack: BlockStack, objective: Objective, targets: Mapping[str, nn.Module], called: Set[str], piece: Piece
 ) -> None:
-    """Raises ModelError for layers that are not among the `called` while a forward of `piece` reads their weight.
+    """Raises UncalledError for layers that are not among the `called` while a forward of `piece` reads their weight.
 
     Experts that met no token, and layers that this forward leaves out, are no matter.
     """
@@ -56,10 +64,11 @@ def check_uncalled(
     names = [name for name in layers if name in read]
     if names:
         endings = ",".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        raise ModelError(
+        raise UncalledError(
             f"layer {names[0]}{f' and {len(names) - 1} others are' if names[1:] else ' is'} never called, but the model"
             " reads the weight, as nn.MultiheadAttention does: an adapter would have no effect there; leave it out with"
-            f' `exclude_modules="{endings}"`'
+            f' `exclude_modules="{endings}"`',
+            names,
         )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..choosing.growing import SampleOrBatches, batches_of, grow
 from ..choosing.sample_size import Growth
-from ..config import AUTO, Auto, InitConfig, Schedule
+from ..config import ALL_LINEAR, AUTO, Auto, InitConfig, Schedule
 from ..data.pieces import shares_of, whole_batches
 from ..data.rows import Source
 from ..data.sample import Sample
@@ -23,6 +23,7 @@ from ..gradients.causal_lm import CausalLM
 from ..gradients.classification import SequenceClassification
 from ..gradients.objective import LossFunction, Objective, WholeModel
 from ..gradients.seq2seq_lm import Seq2SeqLM
+from ..gradients.uncalled import UncalledError
 from ..layers.experts import expert_stacks, experts_as_layers, renamed_targets
 from ..layers.targets import is_conv1d, select_targets
 from ..linalg.factors import shortened
@@ -39,7 +40,9 @@ from .agreement import check_agreement
 from .evaluation import LossEvaluator, evaluate_step, expected_passes
 from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
+from .padding import unpadded_where_needed
 from .passes import GradientPass, PassResult
+from .peft_check import taken_by_peft
 from .schedule import Plan, agreed, choose_schedule
 
 logger = logging.getLogger(__name__)
@@ -128,6 +131,7 @@ def _compute(
     rows = batches_of(given)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, inputs.config.target_modules, inputs.config.exclude_modules, saved)
+    targets = taken_by_peft(opened.module, targets, inputs.config)
     config, limits = rank_limits(targets, inputs.config)
     objective = _choose_objective(opened, loss)
     if not rows:
@@ -153,10 +157,18 @@ def _compute(
     )
 
     def take(sample: SampleOrBatches) -> PassResult:
+        nonlocal gradient_pass
+        try:
+            return gradient_pass.run(batches_of(sample), in_halves=in_halves)
+        except UncalledError as error:
+            gradient_pass = replace(gradient_pass, targets=_without_uncalled(error, targets, config, processes))
         return gradient_pass.run(batches_of(sample), in_halves=in_halves)
 
     with _ready(opened, stack, targets, plan):
+        with monitor.timed("forward"):
+            given, others = unpadded_where_needed(stack, objective, given, others, processes)
         used, found, grown = grow(given, growth, take)
+        targets = dict(gradient_pass.targets)
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
@@ -179,6 +191,26 @@ def _compute(
         experts=expert_stacks(targets),
         by_parameter=renamed_targets(opened.module, targets),
     )
+
+
+def _without_uncalled(
+    error: UncalledError, targets: Mapping[str, nn.Module], config: InitConfig, processes: Processes
+) -> dict[str, nn.Module]:
+    """The targets without those that nothing calls, if they are only a part of "all-linear"; else it is an error.
+
+    So it is with several processes, of which some may have no rows, and would not know.
+    """
+    left = {name: module for name, module in targets.items() if name not in error.layers}
+    if config.target_modules != ALL_LINEAR or processes.size > 1 or not left:
+        raise error
+    logger.warning(
+        "%d of %d layers are left out, such as %s: they are never called, but the model reads their weights, so that an"
+        " adapter would have no effect there",
+        len(targets) - len(left),
+        len(targets),
+        error.layers[0],
+    )
+    return left
 
 
 @contextmanager

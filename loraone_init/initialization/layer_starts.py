@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..adapter.records import LayerReport
+from ..adapter.wording import describe_ranks
 from ..choosing.rank_allotment import choose_ranks
 from ..config import InitConfig
 from ..errors import ConfigError, NumericalError
@@ -26,23 +28,37 @@ BATCH_BYTES = 2**28
 batch while its slowest layers converge, take as much again each.
 """
 
+logger = logging.getLogger(__name__)
+
 
 def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[InitConfig, dict[str, int]]:
     """The configuration with the rank that the scale s follows from, and the rank up to which each layer is decomposed.
 
-    Raises ConfigError, naming the smallest layer, where the rank is larger than it allows; likewise for a budget.
+    A layer smaller than the rank gets what its shape allows, and the log says so: the gate of a shared expert has a
+    single output. Raises ConfigError where the rank is larger than every layer allows; likewise for a budget.
     """
     shapes = {name: layer_shape(module) for name, module in targets.items()}
     if config.rank_budget is not None:
         limits = config.rank_budget.limits(shapes)
         return replace(config, rank=config.rank_budget.average(len(shapes))), limits
-    name = min(shapes, key=lambda name: min(shapes[name]))
-    if config.rank > min(shapes[name]):
+    limits = {name: min(config.rank, *shape) for name, shape in shapes.items()}
+    largest = max(shapes, key=lambda name: min(shapes[name]))
+    if limits[largest] < config.rank:
         raise ConfigError(
-            f"rank {config.rank} is larger than layer {name} of shape {shapes[name]} allows; use"
-            f" `rank={min(shapes[name])}` or less, or leave the layer out with `exclude_modules`"
+            f"rank {config.rank} is larger than every layer allows, the largest being {largest} of shape"
+            f" {shapes[largest]}; use `rank={limits[largest]}` or less"
         )
-    return config, dict.fromkeys(shapes, config.rank)
+    smaller = [name for name, limit in limits.items() if limit < config.rank]
+    if smaller:
+        logger.info(
+            "Layers smaller than rank %d: %d, such as %s of shape %s; their ranks are %s, their scale is the others'",
+            config.rank,
+            len(smaller),
+            smaller[0],
+            shapes[smaller[0]],
+            describe_ranks([limits[name] for name in smaller]),
+        )
+    return config, limits
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,7 @@ def start_layers(
 
     decomposed: is emptied, so that each decomposition is freed once its layer's factors are there.
     """
-    ranks = {name: config.rank for name in decomposed}
+    ranks = {name: min(config.rank, len(found.svd.S)) for name, found in decomposed.items()}
     if config.rank_budget is not None:
         svds = {name: found.svd for name, found in decomposed.items()}
         ranks = choose_ranks(svds, config.rank_budget.total(len(svds)), experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import Counter
 
@@ -33,6 +34,26 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     assert isinstance(module.weight, torch.Tensor)
     first, second = module.weight.shape
     return (second, first) if is_conv1d(module) else (first, second)
+
+
+def computes_linearly(module: nn.Module) -> bool:
+    """Whether a linear layer with a forward of its own takes (…, in) to (…, out); the others do.
+
+    Tried without storage. Layers of several groups (DeepSeek V4) and routers that return a choice do not.
+    """
+    weight = module.weight
+    if type(module).forward is nn.Linear.forward or is_conv1d(module) or type(weight) is not nn.Parameter:
+        return True
+    memo = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*module.parameters(), *module.buffers())}
+    x = torch.empty(2, 3, layer_shape(module)[1], device="meta", dtype=weight.dtype)
+    try:
+        with torch.no_grad():
+            y = copy.deepcopy(module, memo)(x)
+    except NotImplementedError:  # an operation that needs storage
+        return True
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (2, 3, layer_shape(module)[0])
 
 
 def select_targets(
@@ -72,6 +93,7 @@ def select_targets(
     else:
         chosen = {name: module for name, module in linear.items() if matches(name, target_modules)}
     chosen = {name: module for name, module in chosen.items() if not matches(name, exclude_modules)}
+    chosen = _without_other_forms(chosen, fused, by_name=target_modules != ALL_LINEAR)
     if not chosen:
         wanted = target_modules if isinstance(target_modules, str) else ",".join(target_modules)
         without = f" without {exclude_modules!r}" if exclude_modules else ""
@@ -102,6 +124,21 @@ def _warn_of_other_experts(model: nn.Module) -> None:
     others = {type(module).__name__: name for name, module in model.named_modules() if is_other_experts(module)}
     for kind, name in others.items():
         logger.warning("%s and all other %s are left out: their form of fused experts is not known here", name, kind)
+
+
+def _without_other_forms(
+    chosen: dict[str, nn.Module], fused: dict[str, nn.Module], by_name: bool
+) -> dict[str, nn.Module]:
+    """Without the layers that compute something else. Raises ModelError where those were asked for by name."""
+    others = [name for name, module in chosen.items() if name not in fused and not computes_linearly(module)]
+    if others and by_name:
+        raise ModelError(
+            f"layer {others[0]}, a {type(chosen[others[0]]).__name__}, is no plain linear layer, so that LoRA does"
+            f' not fit; leave it out with `exclude_modules="{others[0].rpartition(".")[2]}"`'
+        )
+    for kind, name in {type(chosen[name]).__name__: name for name in reversed(others)}.items():
+        logger.warning("%s and all other %s are left out: they compute something else than x·Wᵀ", name, kind)
+    return {name: module for name, module in chosen.items() if name not in others}
 
 
 def _check_names(wanted: str | tuple[str, ...], modules: dict[str, nn.Module], linear: dict[str, nn.Module]) -> None:

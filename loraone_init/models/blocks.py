@@ -57,9 +57,10 @@ def _children_of(model: nn.Module, path: str) -> list[str]:
 
 def _outermost(names: list[str]) -> list[str]:
     chosen = set(names)
-    return [name for name in names if not any(parent in chosen for parent in _parents(name))]
+    return [name for name in names if not any(parent in chosen for parent in parents(name))]
 
 
-def _parents(name: str) -> list[str]:
+def parents(name: str) -> list[str]:
+    """Names of the modules that a module is in, the outermost first, without the model itself."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]

@@ -12,9 +12,11 @@ from torch import nn
 from ..errors import ModelError, describe
 from ..tasks import Task, auto_class
 from ..transformers_private import initialize, may_be_missing, tied_parameters
+from ..weights.base import get_tensor
 from ..weights.checkpoint import Checkpoint
 from ..weights.reader import WeightReader
 from ..weights.recipes import InseparableError, crossing, find_recipes
+from .blocks import parents
 from .heads import Head
 from .sources import LocalModel
 
@@ -115,19 +117,38 @@ def resolve_ties(model: PreTrainedModel, names: set[str]) -> dict[str, str]:
 def _compute_buffers(model: PreTrainedModel, names: set[str], device: torch.device) -> None:
     """Buffers that are computed, not stored (rotary frequencies): by the model's own initialisation.
 
-    That initialises a module's weights as well, so it has to run while those are on the meta device.
+    As in `from_pretrained`, that of the module they are in, then those of the modules around it. They initialise
+    weights as well, so this has to run while those are on the meta device. Raises ModelError, naming the buffer, for
+    one that nothing sets.
     """
+    empty: dict[str, torch.Tensor] = {}
+    around: set[str] = set()
+    for path, module in model.named_modules():
+        for leaf, buffer in module._buffers.items():
+            name = f"{path}.{leaf}".lstrip(".")
+            if buffer is not None and name not in names:
+                module._buffers[leaf] = empty[name] = torch.empty_like(buffer, device=device)
+                around |= {path, *parents(path), ""}
+    versions = {name: buffer._version for name, buffer in empty.items()}
+    _initialize(model, around)
+    for name, buffer in empty.items():
+        if buffer.numel() and get_tensor(model, name) is buffer and buffer._version == versions[name]:
+            raise ModelError(
+                f"the checkpoint lacks the buffer {name} of {type(model).__name__}, and the model does not compute it;"
+                " does config.json belong to these weights?"
+            )
+
+
+def _initialize(model: PreTrainedModel, paths: set[str]) -> None:
+    """Initialise these modules, each by the innermost transformers model that it is or is in, inner ones first."""
     from transformers import PreTrainedModel
 
-    owners = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-    for path, module in model.named_modules():
-        computed = [leaf for leaf in module._buffers if f"{path}.{leaf}".lstrip(".") not in names]
-        computed = [leaf for leaf in computed if module._buffers[leaf] is not None]
-        for leaf in computed:
-            module._buffers[leaf] = torch.empty_like(module._buffers[leaf], device=device)
-        if computed:
-            owner = max((name for name in owners if path == name or path.startswith(f"{name}.") or not name), key=len)
-            initialize(owners[owner], module)
+    modules = dict(model.named_modules())
+    owners = {path: module for path, module in modules.items() if isinstance(module, PreTrainedModel)}
+    for path in reversed(modules):  # which has every module before those in it
+        if path in paths:
+            owner = next(owners[outer] for outer in (path, *reversed(parents(path)), "") if outer in owners)
+            initialize(owner, modules[path])
 
 
 def find_reader(

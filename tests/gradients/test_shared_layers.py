@@ -123,17 +123,22 @@ def squares(model, batch):
 
 
 @pytest.mark.parametrize("block_path", ["blocks", None])
-def test_a_layer_whose_weight_is_read_without_a_call_is_refused(block_path):
+def test_a_layer_whose_weight_is_read_without_a_call_is_left_out_or_refused(block_path, caplog):
     torch.manual_seed(0)
     model, batches = Chain([Attention(), Attention()]), [torch.randn(2, 3, 6) for _ in range(2)]
+    named = InitConfig(rank=2, block_path=block_path, target_modules=("mix", "out_proj"))
     with pytest.raises(
         ModelError,
         match=r'layer blocks\.0\.attention\.out_proj and 1 others are never called.*`exclude_modules="out_proj"`',
     ):
-        initialize(model, batches, InitConfig(rank=2, block_path=block_path, gamma=128.0), loss=squares)
+        initialize(model, batches, named, loss=squares)
+    found = initialize(model, batches, InitConfig(rank=2, block_path=block_path, gamma=128.0), loss=squares)
+    assert "2 of 4 layers are left out, such as blocks.0.attention.out_proj: they are never called" in caplog.text
     config = InitConfig(rank=2, block_path=block_path, exclude_modules=("out_proj",), gamma=128.0)
     adapter = initialize(model, batches, config, loss=squares)
     assert {layer.init for layer in adapter.layers.values()} == {"spectral"}
+    assert found.layers == adapter.layers
+    assert all(torch.equal(found.pairs[name].B, pair.B) for name, pair in adapter.pairs.items())
 
 
 class Spare(nn.Module):

@@ -135,9 +135,19 @@ def test_dry_run_as_json_needs_no_output(command: Command, tiny_model: Path, tin
 
 
 def test_dry_run_finds_what_a_run_would_refuse(command: Command, tiny_model: Path, tiny_data: Path) -> None:
-    result = command(tiny_model, tiny_data, "--dry-run", "--rank", 17)
+    result = command(tiny_model, tiny_data, "--dry-run", "--rank", 33)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("Error: rank 17 is larger than layer")
+    assert result.stderr.startswith("Error: rank 33 is larger than every layer allows")
+
+
+def test_dry_run_tells_of_layers_smaller_than_the_rank(command: Command, tiny_model: Path, tiny_data: Path) -> None:
+    asked = (tiny_model, tiny_data, "--dry-run", "--rank", 20, "--target-modules", "q_proj,k_proj")
+    found = json.loads(command(*asked, "--json").stdout)
+    assert found["smaller_ranks"] == {f"model.layers.{i}.self_attn.k_proj": 16 for i in range(3)}
+    assert found["parameters"] == 3 * (20 * (32 + 32) + 16 * (16 + 32))
+    result = command(*asked)
+    assert "of rank 20, or what their shapes allow: 16 in 3 of them" in " ".join(result.stdout.split())
+    assert "Layers smaller than rank 20: 3, such as model.layers.0.self_attn.k_proj of shape (16, 32)" in result.stderr
 
 
 def test_an_output_is_needed_otherwise(command: Command, tiny_model: Path, tiny_data: Path) -> None:

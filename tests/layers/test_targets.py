@@ -86,3 +86,25 @@ def test_unknown_block_path_lists_the_module_lists():
     model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(ModelError, match=r"'blocks' names no module list; there are: 0 \(2\)"):
         find_blocks(model, "blocks")
+
+
+class Router(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).topk(1)
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2.0 * super().forward(input)
+
+
+def test_linear_layers_of_other_forms_are_left_out(caplog):
+    """By their shapes: what keeps them is as linear as any other."""
+    model = nn.ModuleDict({"a": Router(4, 3), "b": Router(4, 3), "c": Scaled(4, 3), "d": nn.Linear(4, 3)})
+    assert list(select_targets(model, "all-linear")) == ["c", "d"]
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "a and all other Router are left out"
+    ]
+    with pytest.raises(ModelError, match=r"layer a, a Router, is no plain linear layer.*`exclude_modules=\"a\"`"):
+        select_targets(model, ("a", "d"))
+    assert list(select_targets(model, ("a", "d"), ("a",))) == ["d"]

@@ -369,8 +369,11 @@ def test_nothing_to_train_on(refused: Refused) -> None:
         (["--alpha", "nan"], "alpha must be a positive number, got nan"),
         (["--alpha", -1], "alpha must be a positive number, got -1.0"),
         (["--seed", -1], "seed must be a whole number from 0"),
-        (["--rank", 17], "rank 17 is larger than layer model.layers.0.self_attn.k_proj of shape (16, 32) allows; use"),
-        (["--rank", 17], "use --rank 16 or less, or leave the layer out with --exclude-modules"),
+        (
+            ["--rank", 33],
+            "rank 33 is larger than every layer allows, the largest being model.layers.0.self_attn.q_proj",
+        ),
+        (["--rank", 33], "q_proj of shape (32, 32); use --rank 32 or less"),
         (["--target-modules", "quer.|value"], "no linear layer matches target modules 'quer.|value'; there are: q_pro"),
         (["--target-modules", "q_proj,value"], "no layer is called 'value'; there are: q_proj (3), k_proj (3)"),
         (["--exclude-modules", "value"], "no layer is called 'value'; there are: q_proj (3), k_proj (3)"),
