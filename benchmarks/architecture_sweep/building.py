@@ -10,10 +10,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
-from .kinds import Kind, make_class
-from .shrink import VARIANTS, shrink
+from loraone_init.tasks import Task
 
-MAX_PARAMETERS = 40_000_000
+from .kinds import Kind, make_class, task_of
+from .reference import logits_of
+from .shrink import VARIANTS, Variant, shrink
+
+MAX_PARAMETERS = 120_000_000
 NUM_WORDS = 97
 PADDING = 0
 LENGTHS = ((4, 9), (4, 9), (2, 5), (3, 12))
@@ -27,24 +30,44 @@ class TooLargeError(Exception):
 
 
 def make_model(kind: Kind, model_type: str) -> Any:
-    """Raises what the plain way to make it small ends with, where no way leads to a model."""
-    auto = make_class(kind)
+    """A model that runs on text; one that can be made, where none does.
+
+    Raises what the plain way to make it small ends with, where no way leads to a model.
+    """
+    made: Any = None
     first: Exception | None = None
     for variant in VARIANTS:
         try:
-            config = shrink(CONFIG_MAPPING[model_type](), variant)
-            if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "decoder_start_token_id"):
-                config.decoder_start_token_id = PADDING  # as all published checkpoints have one
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
-            if size > MAX_PARAMETERS:
-                raise TooLargeError(f"{size:,} parameters")
-            torch.manual_seed(0)
-            return _drawn(auto.from_config(config, dtype=torch.float32))
+            model = _make(kind, model_type, variant)
+            made = made or model
+            task = task_of(kind, model)
+            with torch.no_grad():
+                logits_of(model, _some_row(task), task)
+            return model
         except Exception as error:  # of whatever kind: other people's code
             first = first or error
-    assert first is not None
-    raise first
+    if made is None and first is not None:
+        raise first
+    return made
+
+
+def _make(kind: Kind, model_type: str, variant: Variant) -> Any:
+    auto = make_class(kind)
+    config = shrink(CONFIG_MAPPING[model_type](), variant)
+    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "decoder_start_token_id"):
+        config.decoder_start_token_id = PADDING  # as all published checkpoints have one
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+    if size > MAX_PARAMETERS:
+        raise TooLargeError(f"{size:,} parameters")
+    torch.manual_seed(0)
+    return _drawn(auto.from_config(config, dtype=torch.float32))
+
+
+def _some_row(task: Task) -> dict[str, torch.Tensor]:
+    tokens = torch.arange(3, 19)[None]
+    row = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return row | ({"labels": tokens} if task == "seq2seq-lm" else {})
 
 
 def _drawn(model: Any) -> Any:
@@ -73,11 +96,11 @@ def save_checkpoint(model: Any, directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def write_rows(kind: Kind, file: Path) -> None:
+def write_rows(task: Task, file: Path) -> None:
     rows = []
     for number, (prompt, completion) in enumerate(LENGTHS):
         words = [f"w{(13 * number + 7 * index) % NUM_WORDS}" for index in range(prompt + completion)]
-        if kind == "classification":
+        if task == "sequence-classification":
             rows.append({"text": " ".join(words), "label": number % 2})
         else:
             rows.append({"prompt": " ".join(words[:prompt]) + " ", "completion": " ".join(words[prompt:])})

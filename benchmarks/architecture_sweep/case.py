@@ -20,9 +20,10 @@ from loraone_init.data.options import DataOptions
 from loraone_init.errors import LoraOneError
 from loraone_init.initialization import layer_starts
 from loraone_init.layers.targets import is_conv1d, select_targets
+from loraone_init.tasks import Task
 
 from .building import make_model, save_checkpoint, write_rows
-from .kinds import NAMES, Kind
+from .kinds import Kind, task_of
 from .reference import Batch, gradients, logits_of, rows_of, worst_error
 
 EXACT = 1e-3
@@ -54,14 +55,15 @@ def run_case(kind: Kind, model_type: str, rank: int) -> dict[str, Any]:
 
 def _run(kind: Kind, model_type: str, rank: int, directory: Path, record: dict[str, Any]) -> None:
     model = make_model(kind, model_type)
+    task = task_of(kind, model)
     checkpoint, rows, adapter_directory = directory / "model", directory / "rows.jsonl", directory / "adapter"
     save_checkpoint(model, checkpoint)
-    write_rows(kind, rows)
+    write_rows(task, rows)
     record |= {"built": True, "class": type(model).__name__, "stage": "opened"}
 
-    opened = open_model(str(checkpoint), task=NAMES[kind].task, device="cpu")
+    opened = open_model(str(checkpoint), task=task, device="cpu")
     record |= {"opened": True, "stage": "adapter"}
-    options = DataOptions(task=NAMES[kind].task, samples=64, batch_size=2)
+    options = DataOptions(task=task, samples=64, batch_size=2)
     assert opened.tokenizer is not None
     sample = load_sample(str(rows), opened.tokenizer, options, labels=opened.labels)
     with _recorded() as found:
@@ -70,9 +72,9 @@ def _run(kind: Kind, model_type: str, rank: int, directory: Path, record: dict[s
     record |= {"adapter": True, "layers": len(adapter.pairs), "stage": "exact"}
 
     reference = type(model).from_pretrained(checkpoint, dtype=torch.float32).eval()
-    record |= _compare(reference, sample.batches, found, kind)
+    record |= _compare(reference, sample.batches, found, task)
     record["stage"] = "peft"
-    record |= _attach(reference, adapter_directory, adapter, rows_of(sample.batches, kind)[0], kind)
+    record |= _attach(reference, adapter_directory, adapter, rows_of(sample.batches, task)[0], task)
 
 
 @contextmanager
@@ -89,27 +91,27 @@ def _recorded() -> Iterator[dict[str, torch.Tensor]]:
         yield found
 
 
-def _compare(reference: Any, batches: list[Batch], found: dict[str, torch.Tensor], kind: Kind) -> dict[str, Any]:
+def _compare(reference: Any, batches: list[Batch], found: dict[str, torch.Tensor], task: Task) -> dict[str, Any]:
     """The error against unpadded rows; where that is large, also against the same padded batches."""
     targets = {name: module for name, module in select_targets(reference, "all-linear").items() if name in found}
     if lost := found.keys() - targets.keys():
         return {"exact": False, "why_not_exact": f"{min(lost)} is no layer of {type(reference).__name__}"}
     if not any(G.any() for G in found.values()):
         return {"exact": False, "why_not_exact": "all gradients are zero"}
-    error, layer = worst_error(found, gradients(reference, targets, rows_of(batches, kind), kind))
+    error, layer = worst_error(found, gradients(reference, targets, rows_of(batches, task), task))
     result = {"exact": error < EXACT, "error": error}
     if not result["exact"]:
-        padded, _ = worst_error(found, gradients(reference, targets, batches, kind))
+        padded, _ = worst_error(found, gradients(reference, targets, batches, task))
         result |= {"worst_layer": layer, "error_of_padded": padded}
     return result
 
 
-def _attach(reference: Any, directory: Path, adapter: Any, row: Batch, kind: Kind) -> dict[str, Any]:
+def _attach(reference: Any, directory: Path, adapter: Any, row: Batch, task: Task) -> dict[str, Any]:
     """Whether PEFT takes every tensor of the adapter, and its model's output is that of W + s·B·A."""
     with torch.no_grad():
-        before = logits_of(reference, row, kind)
+        before = logits_of(reference, row, task)
         _add(reference, adapter, 1.0)
-        expected = logits_of(reference, row, kind)
+        expected = logits_of(reference, row, task)
         _add(reference, adapter, -1.0)
         try:
             wrapped = PeftModel.from_pretrained(reference, directory)
@@ -121,7 +123,7 @@ def _attach(reference: Any, directory: Path, adapter: Any, row: Batch, kind: Kin
         more = loaded.keys() - stored.keys()
         if lost or more:
             return {"peft": False, "why_not_peft": f"{len(lost)} of {len(stored)} tensors lost, {len(more)} more"}
-        off = float((logits_of(wrapped, row, kind) - expected).norm() / (expected - before).norm())
+        off = float((logits_of(wrapped, row, task) - expected).norm() / (expected - before).norm())
     return {"peft": off < SAME_OUTPUT, "output_error": off}
 
 

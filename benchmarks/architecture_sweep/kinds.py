@@ -5,27 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from loraone_init.tasks import Task
+
 Kind = Literal["causal", "encoder-decoder", "image-text", "classification"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class KindNames:
-    """auto_class: of transformers, which makes the models. task: ours, with which they are opened."""
+    """auto_class: of transformers, which makes the models. mapping: its list of them."""
 
     auto_class: str
     mapping: str
-    task: str
 
 
 NAMES: dict[Kind, KindNames] = {
-    "causal": KindNames("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "causal-lm"),
-    "encoder-decoder": KindNames("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "seq2seq-lm"),
-    "image-text": KindNames("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "causal-lm"),
+    "causal": KindNames("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "encoder-decoder": KindNames("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "image-text": KindNames("AutoModelForImageTextToText", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
     "classification": KindNames(
         "AutoModelForSequenceClassification",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-        "sequence-classification",
     ),
 }
 
@@ -45,3 +45,10 @@ def make_class(kind: Kind) -> Any:
     import transformers
 
     return getattr(transformers, NAMES[kind].auto_class)
+
+
+def task_of(kind: Kind, model: Any) -> Task:
+    """What a model is opened for: several that transformers lists as encoder-decoders are none, but read sound."""
+    if kind == "classification":
+        return "sequence-classification"
+    return "seq2seq-lm" if getattr(model.config, "is_encoder_decoder", False) else "causal-lm"

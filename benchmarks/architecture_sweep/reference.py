@@ -11,13 +11,12 @@ from torch.nn.functional import cross_entropy
 
 from loraone_init.data.batches import IGNORED
 from loraone_init.layers.targets import is_conv1d
-
-from .kinds import Kind
+from loraone_init.tasks import Task
 
 Batch = Mapping[str, torch.Tensor]
 
 
-def rows_of(batches: Sequence[Batch], kind: Kind) -> list[dict[str, torch.Tensor]]:
+def rows_of(batches: Sequence[Batch], task: Task) -> list[dict[str, torch.Tensor]]:
     """Batches as rows of their own, without their padding."""
     rows = []
     for batch in batches:
@@ -26,21 +25,21 @@ def rows_of(batches: Sequence[Batch], kind: Kind) -> list[dict[str, torch.Tensor
             kept = row["attention_mask"][0].bool()
             for key in row.keys() - {"labels"}:
                 row[key] = row[key][:, kept]
-            if kind == "encoder-decoder":
+            if task == "seq2seq-lm":
                 row["labels"] = row["labels"][row["labels"] != IGNORED][None]
-            elif kind != "classification":
+            elif task != "sequence-classification":
                 row["labels"] = row["labels"][:, kept]
             rows.append(row)
     return rows
 
 
-def mean_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind) -> torch.Tensor:
+def mean_loss(model: nn.Module, batches: Sequence[Batch], task: Task) -> torch.Tensor:
     """The mean over all label tokens; over rows for a classifier."""
     sums, count = [], 0
     for batch in batches:
         labels = batch["labels"]
-        logits = logits_of(model, batch, kind)
-        if kind in ("causal", "image-text"):
+        logits = logits_of(model, batch, task)
+        if task == "causal-lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         sums.append(
             cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -49,19 +48,19 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], kind: Kind) -> torch.T
     return torch.stack(sums).sum() / count
 
 
-def logits_of(model: nn.Module, batch: Batch, kind: Kind) -> torch.Tensor:
+def logits_of(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
     """Of an encoder-decoder, the decoder reads what the model's own loss has it read: the model is given the labels."""
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
-    if kind == "encoder-decoder":
+    if task == "seq2seq-lm":
         inputs["labels"] = batch["labels"]
-    if kind != "classification":
+    if task != "sequence-classification":
         inputs["use_cache"] = False
     logits: torch.Tensor = model(**inputs, return_dict=True).logits
     return logits
 
 
 def gradients(
-    model: nn.Module, targets: Mapping[str, nn.Module], batches: Sequence[Batch], kind: Kind
+    model: nn.Module, targets: Mapping[str, nn.Module], batches: Sequence[Batch], task: Task
 ) -> dict[str, torch.Tensor]:
     """(out, in) by layer; an expert's is a part of its parameter's."""
     model.requires_grad_(False)
@@ -70,7 +69,7 @@ def gradients(
         name: getattr(owners[name], getattr(target, "parameter", "weight")).requires_grad_(True)
         for name, target in targets.items()
     }
-    mean_loss(model, batches, kind).backward()
+    mean_loss(model, batches, task).backward()
     found = {}
     for name, target in targets.items():
         grad = leaves[name].grad

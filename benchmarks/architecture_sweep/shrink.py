@@ -71,7 +71,9 @@ VARIANTS = (
     Variant(fill=True),
     Variant(same_heads=True, fill=True),
     Variant(more=(("num_heads", 8),)),
-    Variant(more=(("is_decoder", True),)),
+    Variant(more=(("hidden_size", 512), ("out_hidden_size", 512), ("head_dim", 128))),
+    Variant(more=(("num_experts", 16), ("n_routed_experts", 16), ("num_local_experts", 16))),
+    Variant(same_heads=True, fill=True, more=(("is_decoder", True), ("n_routed_experts", 4), ("n_shared_experts", 1))),
     Variant(fill=True, more=(("layer_types", ["full_attention"] * LAYERS),)),
     Variant(more=(("vocabulary_map", {"<image>": VOCABULARY - 1, "image": VOCABULARY - 1}),)),
 )

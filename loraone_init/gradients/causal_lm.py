@@ -13,6 +13,7 @@ from torch.nn.functional import log_softmax
 
 from ..data.batches import IGNORED
 from ..errors import DataError
+from ..layers.language import find_decoder
 from ..layers.patching import only_last_states, replaced_forward
 from ..layers.sizes import text_config
 from .losses import RowLosses
@@ -35,9 +36,7 @@ class CausalLM:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model = model
         self._device = device
-        getter = getattr(model, "get_decoder", None)
-        decoder = getter() if callable(getter) else None
-        self._decoder: nn.Module | None = decoder if decoder is not model else None
+        self._decoder = find_decoder(model)
         self._original = self._decoder.forward if self._decoder is not None else None
 
     def check(self, batches: Sequence[Batch]) -> None:

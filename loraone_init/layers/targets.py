@@ -12,6 +12,7 @@ from ..config import ALL_LINEAR
 from ..errors import ModelError
 from .expert_layout import expert_name
 from .experts import expert_layers, fused_parameters, is_fused_experts, is_other_experts
+from .language import output_embedding, outside_language
 from .patterns import fully_matches
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ def select_targets(
     target_modules: str | tuple[str, ...],
     exclude_modules: str | tuple[str, ...] = (),
     saved: tuple[str, ...] = (),
+    vision_layers: bool = False,
 ) -> dict[str, nn.Module]:
     """The linear layers to adapt, by name, in module order.
 
@@ -48,11 +50,13 @@ def select_targets(
     of their parameter (`model.layers.0.mlp.experts.down_proj`) or module; all of them become layers (`….down_proj.0`).
     A router whose weight is a bare parameter is no linear layer: a step computed for one routing should not change it.
     saved: modules that the adapter holds as a whole (a classifier's head); what is in them is no candidate.
+    vision_layers: whether towers for images and sound, and what connects them with the language model, are candidates.
     Raises ModelError, listing candidates, where nothing matches, or one of the names nothing; ConfigError for a bad
     regular expression.
     """
     fused = _fused_experts(model)
-    whole = tuple(f"{name}." for name in saved)
+    outside = () if vision_layers else outside_language(model)
+    whole = tuple(f"{name}." for name in (*saved, *outside))
     linear = {
         name: module
         for name, module in ({n: m for n, m in model.named_modules() if is_linear(m)} | fused).items()
@@ -66,7 +70,7 @@ def select_targets(
         return _matches(name, wanted) or (name in fused and _matches(name.rpartition(".")[0], wanted))
 
     if target_modules == ALL_LINEAR:
-        head = _output_embedding(model)
+        head = output_embedding(model)
         chosen = {name: module for name, module in linear.items() if module is not head}
         _warn_of_other_experts(model)
     else:
@@ -80,6 +84,12 @@ def select_targets(
             f" there are: {_candidates(linear)}"
         )
     return {layer: module for name in chosen for layer, module in _layers(name, chosen[name], name in fused).items()}
+
+
+def left_out_layers(model: nn.Module) -> int:
+    """The number of linear layers that are no candidates without `vision_layers`."""
+    prefixes = tuple(f"{name}." for name in outside_language(model))
+    return sum(is_linear(module) and f"{name}.".startswith(prefixes) for name, module in model.named_modules())
 
 
 def _fused_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -124,12 +134,6 @@ def _whole_name_hint(linear: dict[str, nn.Module], wanted: str | tuple[str, ...]
     if not any(fully_matches(f".*(?:{wanted}).*", name) for name in linear):
         return ""
     return f": it has to match a whole name, as '.*({wanted})' does"
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _candidates(linear: dict[str, nn.Module]) -> str:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, describe
-from ..tasks import Task, auto_class
+from ..tasks import Task
 from ..transformers_private import initialize, may_be_missing, tied_parameters
 from ..weights.checkpoint import Checkpoint
 from ..weights.reader import WeightReader
 from ..weights.recipes import InseparableError, crossing, find_recipes
+from .classes import model_class
 from .heads import Head
 from .sources import LocalModel
 
@@ -40,7 +41,7 @@ def load_whole(
     """
     model: PreTrainedModel
     try:
-        model, loading = auto_class(task).from_pretrained(
+        model, loading = model_class(skeleton.config, task).from_pretrained(
             source.directory,
             config=skeleton.config,
             dtype=skeleton.dtype,
