@@ -14,7 +14,7 @@ HIDDEN, HEADS, LAYERS = 64, 4, 4
 
 _KEY_HEADS = r"(\w+_)?(num_key_value_heads|n_head_kv|num_kv_heads|kv_n_heads|n_kv_heads|multi_query_group_num)"
 _BY_NAME: list[tuple[str, int]] = [
-    (r"(unpadded_)?vocab_size(_per_layer_input)?|vocab_offset|src_vocab_size|tgt_vocab_size|\w+_vocab", VOCABULARY),
+    (r"\w*vocab_size\w*|vocab_offset|\w+_vocab", VOCABULARY),
     (r"additional_vocab_size", 8),
     (r"max_position_embeddings|n_positions|max_(source|target)_positions|n_ctx|max_seq_len|model_max_length", 128),
     (r"max_2d_position_embeddings", 1024),

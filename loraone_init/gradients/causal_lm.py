@@ -17,7 +17,7 @@ from ..layers.language import find_decoder
 from ..layers.patching import only_last_states, replaced_forward
 from ..layers.sizes import text_config
 from .losses import RowLosses
-from .objective import Batch, check_tokens
+from .objective import Batch, check_tokens, model_runs
 
 MAX_LOGITS = 2**22
 """Elements of the logits computed at a time (16 MiB in fp32); a few such buffers are alive together."""
@@ -60,7 +60,8 @@ class CausalLM:
     def forward(self, batch: Batch) -> Any:
         """The decoder's output, hidden states (batch, tokens, hidden) in it; the logits if no decoder is known."""
         try:
-            return self._model(**self._inputs(batch), use_cache=False, return_dict=True)
+            with model_runs(self._model):
+                return self._model(**self._inputs(batch), use_cache=False, return_dict=True)
         except _DecoderReturned as reached:
             return reached.output
 

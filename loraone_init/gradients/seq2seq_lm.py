@@ -23,8 +23,8 @@ class Seq2SeqLM(CausalLM):
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(model, device)
         self._shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if self._shift is None or self._decoder is None:
-            raise ModelError(f"{type(model).__name__} does not tell how its decoder starts; pass loss=")
+        if self._decoder is None:
+            raise ModelError(f"the decoder of {type(model).__name__} cannot be told; pass loss=")
 
     def check(self, batches: Sequence[Batch]) -> None:
         """Labels are tokens that the decoder reads."""
@@ -32,12 +32,17 @@ class Seq2SeqLM(CausalLM):
         check_tokens(self._model, [batch["labels"] for batch in batches])
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        labels = self._shift(labels=batch["labels"].to(self._device))
-        return {**super()._inputs(batch), "decoder_input_ids": labels}
+        """With what the decoder reads, or with labels, which a model shifts on the way to its decoder."""
+        labels = batch["labels"].to(self._device)
+        read = {"labels": labels} if self._shift is None else {"decoder_input_ids": self._shift(labels=labels)}
+        return {**super()._inputs(batch), **read}
 
     def _labels(self, batch: Batch) -> torch.Tensor:
         return batch["labels"]
 
     def _head_inputs(self, states: torch.Tensor) -> dict[str, Any]:
         """Given an encoder's output, which no one reads, the model does not run its encoder."""
-        return {"decoder_input_ids": super()._head_inputs(states)["input_ids"], "encoder_outputs": (states,)}
+        from transformers.modeling_outputs import BaseModelOutput
+
+        encoded = BaseModelOutput(last_hidden_state=states)
+        return {"decoder_input_ids": super()._head_inputs(states)["input_ids"], "encoder_outputs": encoded}

@@ -24,7 +24,24 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return (isinstance(module, nn.Linear) and gives_products(module)) or is_conv1d(module)
+
+
+def gives_products(layer: nn.Linear) -> bool:
+    """Whether x (n, in) becomes one tensor (n, out), as far as shapes tell.
+
+    Asked of the layers of transformers' models that have a forward of their own: some are routers, which return several
+    tensors, and some multiply groups of the input with parts of the weight. PEFT takes all of them for linear layers.
+    """
+    if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith("transformers.models."):
+        return True
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in layer.state_dict().items()}
+    x = torch.empty(2, layer.in_features, device="meta", dtype=layer.weight.dtype)
+    try:
+        y = torch.func.functional_call(layer, tensors, (x,))
+    except Exception:  # whatever it is that it takes, it is not x
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (2, layer.out_features)
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
@@ -72,7 +89,7 @@ def select_targets(
     if target_modules == ALL_LINEAR:
         head = output_embedding(model)
         chosen = {name: module for name, module in linear.items() if module is not head}
-        _warn_of_other_experts(model)
+        _warn_of_others(model)
     else:
         chosen = {name: module for name, module in linear.items() if matches(name, target_modules)}
     chosen = {name: module for name, module in chosen.items() if not matches(name, exclude_modules)}
@@ -108,10 +125,17 @@ def _layers(name: str, module: nn.Module, fused: bool) -> dict[str, nn.Module]:
     return {expert_name(name, e): layer for e, layer in enumerate(expert_layers(module, name.rpartition(".")[2]))}
 
 
-def _warn_of_other_experts(model: nn.Module) -> None:
-    others = {type(module).__name__: name for name, module in model.named_modules() if is_other_experts(module)}
-    for kind, name in others.items():
+def _warn_of_others(model: nn.Module) -> None:
+    experts = {type(module).__name__: name for name, module in model.named_modules() if is_other_experts(module)}
+    for kind, name in experts.items():
         logger.warning("%s and all other %s are left out: their form of fused experts is not known here", name, kind)
+    layers = {
+        type(module).__name__: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not gives_products(module)
+    }
+    for kind, name in layers.items():
+        logger.warning("%s and all other %s are left out: they give no product of input and weight", name, kind)
 
 
 def _check_names(wanted: str | tuple[str, ...], modules: dict[str, nn.Module], linear: dict[str, nn.Module]) -> None:

@@ -78,6 +78,7 @@ def load_rest(
     tied = resolve_ties(model, names)
     _check_missing(model, head, missing_tensors(model, names))
     _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
+    _compute_parameters(model, names | tied.keys(), device)
     prefixes = tuple(f"{block}." for block in blocks)
     reader.load([name for name in names if not name.startswith(prefixes)], device)
     for target, source in tied.items():
@@ -129,6 +130,18 @@ def _compute_buffers(model: PreTrainedModel, names: set[str], device: torch.devi
         if computed:
             owner = max((name for name in owners if path == name or path.startswith(f"{name}.") or not name), key=len)
             initialize(owners[owner], module)
+
+
+def _compute_parameters(model: PreTrainedModel, present: set[str], device: torch.device) -> None:
+    """Parameters that are computed, not stored (Marian's sinusoidal positions): by the model's own initialisation."""
+    for path, module in model.named_modules():
+        computed = [leaf for leaf in module._parameters if f"{path}.{leaf}".lstrip(".") not in present]
+        computed = [leaf for leaf in computed if module._parameters[leaf] is not None]
+        for leaf in computed:
+            empty = torch.empty_like(module._parameters[leaf], device=device)
+            module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        if computed:
+            initialize(model, module)
 
 
 def find_reader(
