@@ -54,8 +54,9 @@ def make_model(kind: Kind, model_type: str) -> Any:
 def _make(kind: Kind, model_type: str, variant: Variant) -> Any:
     auto = make_class(kind)
     config = shrink(CONFIG_MAPPING[model_type](), variant)
-    if getattr(config, "is_encoder_decoder", False) and not hasattr(config, "decoder_start_token_id"):
-        config.decoder_start_token_id = PADDING  # as all published checkpoints have one
+    for name in ("decoder_start_token_id", "pad_token_id"):  # as all published checkpoints have them
+        if getattr(config, "is_encoder_decoder", False) and getattr(config, name, None) is None:
+            setattr(config, name, PADDING)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > MAX_PARAMETERS:

@@ -72,6 +72,7 @@ VARIANTS = (
     Variant(same_heads=True, fill=True),
     Variant(more=(("num_heads", 8),)),
     Variant(more=(("hidden_size", 512), ("out_hidden_size", 512), ("head_dim", 128))),
+    Variant(more=(("hidden_size", 256), ("out_hidden_size", 256), ("head_dim", 64))),
     Variant(more=(("num_experts", 16), ("n_routed_experts", 16), ("num_local_experts", 16))),
     Variant(same_heads=True, fill=True, more=(("is_decoder", True), ("n_routed_experts", 4), ("n_shared_experts", 1))),
     Variant(fill=True, more=(("layer_types", ["full_attention"] * LAYERS),)),
@@ -101,6 +102,8 @@ class _Shrinking:
             new = None if name in parts else self._small(name, value, config)
             if new is not None:
                 numbers[name.lstrip("_")] = new
+        if "qk_rope_head_dim" in numbers and getattr(config, "head_dim", None) == config.qk_rope_head_dim:
+            numbers["head_dim"] = numbers["qk_rope_head_dim"]  # derived from it
         numbers |= {name: value for name, value in self._variant.more if hasattr(config, name)}
         try:
             return kind(**numbers, **small)

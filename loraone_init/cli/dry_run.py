@@ -18,11 +18,12 @@ from ..initialization.estimate import estimate_memory, estimate_seconds
 from ..initialization.evaluation import expected_passes
 from ..initialization.layer_starts import rank_limits
 from ..layers.experts import ExpertLinear
-from ..layers.targets import layer_shape, select_targets
+from ..layers.targets import layer_shape, left_out_layers, select_targets
 from ..machine import describe_size, used_memory
 from ..models.opening import OpenModel
 from ..models.placement import Place
 from ..terminal import print_facts
+from .summary import left_out_facts
 
 
 def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth | None = None) -> dict[str, Any]:
@@ -30,7 +31,9 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
 
     growth: of the sample, which is then all rows that it may have; the figures are those of growing up to them.
     """
-    targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
+    targets = select_targets(
+        opened.module, config.target_modules, config.exclude_modules, opened.saved, config.vision_layers
+    )
     config, limits = rank_limits(targets, config)
     budget = config.rank_budget
     ranks = len(limits) * config.rank if budget is None else budget.total(len(limits))
@@ -44,6 +47,7 @@ def plan(opened: OpenModel, sample: Sample, config: InitConfig, growth: Growth |
     return {
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
+        "vision_layers_left_out": 0 if config.vision_layers else left_out_layers(opened.module),
         "rank": config.rank,
         "gamma": config.gamma,
         "rank_budget": None if budget is None else {"total": ranks, "least": 1, "most": max(limits.values())},
@@ -89,6 +93,7 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
             ("", f"{kind['count']} × {kind['name']} {kind['shape'][0]}×{kind['shape'][1]}")
             for kind in content["layers"]
         ],
+        *left_out_facts(content),
         ("parameters", f"{content['parameters']:,}{' if all ranks were equal' if budget else ''}"),
         ("data", at_most + describe_sample(content["sample"])),
         *([("samples", _describe_growth(content["growth"]))] if content["growth"] else []),

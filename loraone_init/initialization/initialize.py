@@ -119,7 +119,8 @@ def _compute(
     opened, given, others = inputs.opened, inputs.data, inputs.held_out
     rows = batches_of(given)
     saved = opened.saved if loss is None else ()
-    targets = select_targets(opened.module, inputs.config.target_modules, inputs.config.exclude_modules, saved)
+    wanted = inputs.config
+    targets = select_targets(opened.module, wanted.target_modules, wanted.exclude_modules, saved, wanted.vision_layers)
     config, limits = rank_limits(targets, inputs.config)
     objective = _choose_objective(opened, loss)
     if not rows:

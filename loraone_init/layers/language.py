@@ -14,11 +14,14 @@ def find_decoder(model: nn.Module) -> nn.Module | None:
     What `get_decoder` gives need not be it: it may be the head itself, or hold the head.
     """
     head = output_embedding(model)
-    for found in _decoders(model):
-        inside = set(found.modules())
-        if head not in inside and any(isinstance(module, nn.ModuleList) for module in inside):
-            return found
-    return None
+
+    def is_it(module: nn.Module) -> bool:
+        inside = set(module.modules())
+        return head not in inside and any(isinstance(part, nn.ModuleList) for part in inside)
+
+    named = [found for found in _decoders(model) if any(isinstance(part, nn.ModuleList) for part in found.modules())]
+    inside = [child for found in named for child in found.children()]  # of one that holds the head
+    return next((module for module in (*named, *inside) if is_it(module)), None)
 
 
 def _decoders(model: nn.Module) -> Iterator[nn.Module]:

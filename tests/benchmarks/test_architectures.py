@@ -16,10 +16,10 @@ RIGHT = {"kind": "causal", "type": "llama", "built": True, "opened": True, "adap
 
 
 def test_a_type_from_its_configuration_to_a_loaded_adapter() -> None:
-    record = run_case("causal", "llama", rank=2)
+    record = run_case("image-text", "llava", rank=2)
     assert record["error"] < EXACT
     assert record["output_error"] < EXACT
-    assert record == record | RIGHT | {"ended": "done", "layers": 28}
+    assert record == record | RIGHT | {"kind": "image-text", "type": "llava", "ended": "done", "layers": 28}
 
 
 def test_what_is_refused_or_no_type_is_in_the_record() -> None:
@@ -50,3 +50,9 @@ def test_the_table_stands_between_its_markers(tmp_path: Path) -> None:
     assert "| causal | 2 | 2 | 1 | 1 | 1 | 1 | 1 | 0 |" in text
     assert r"| causal | odd | refused: no \| blocks |" in text
     assert "old" not in text
+
+
+def test_an_encoder_decoder_that_shifts_its_labels_itself() -> None:
+    record = run_case("encoder-decoder", "m2m_100", rank=2)
+    assert record["error"] < EXACT
+    assert record["peft"]
