@@ -52,6 +52,8 @@ class InitConfig:
     block_path:      name of the module list to stream, where it cannot be found by itself.
     seed:            seeds the SVD's test matrices and standard-initialised rows.
     rank_budget:     ranks by layer in place of `rank`, which `initialize` sets to their average: s follows from that.
+    vision_layers:   whether layers for images and sound are adapted too, and those that connect them with the language
+                     model; rows of text alone give them no gradient.
     """
 
     rank: int = 8
@@ -63,6 +65,7 @@ class InitConfig:
     block_path: str | None = None
     seed: int = 0
     rank_budget: RankBudget | None = None
+    vision_layers: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "seed", "alpha", *(() if self.gamma == AUTO else ("gamma",))):

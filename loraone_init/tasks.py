@@ -33,13 +33,6 @@ def check_task(task: str) -> None:
         raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
 
 
-def auto_class(task: Task) -> Any:
-    """transformers' class that opens models for `task`."""
-    import transformers
-
-    return getattr(transformers, NAMES[task].auto_class)
-
-
 def check_architecture(name: str, config: Any, task: Task) -> None:
     """Raise ModelError where a language model is of the other kind: an encoder-decoder opens as its decoder alone."""
     is_both = getattr(config, "is_encoder_decoder", False)

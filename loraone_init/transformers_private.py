@@ -59,6 +59,18 @@ def initialize(owner: PreTrainedModel, module: nn.Module) -> None:
         owner._init_weights(module)
 
 
+def encoder_output(states: torch.Tensor) -> Any:
+    """What an encoder returns, whatever else models read of it being None: `modeling_outputs.BaseModelOutput`."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class EncoderOutput(BaseModelOutput):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
+    return EncoderOutput(last_hidden_state=states)
+
+
 EXPERTS_INTERFACE = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 """What the decorator `integrations.moe.use_experts_implementation` gives a module of fused experts, since 5.0."""
 

@@ -20,11 +20,12 @@ from ..initialization.layer_starts import rank_limits
 from ..initialization.peft_check import taken_by_peft
 from ..initialization.schedule import choose_schedule
 from ..layers.experts import ExpertLinear
-from ..layers.targets import layer_shape, select_targets
+from ..layers.targets import layer_shape, left_out_layers, select_targets
 from ..machine import describe_size, used_memory
 from ..models.opening import OpenModel
 from ..models.placement import Place
 from ..terminal import print_facts
+from .summary import left_out_facts
 
 
 def plan(
@@ -39,7 +40,9 @@ def plan(
 
     growth: of the sample, which is then all rows that it may have; the figures are those of growing up to them.
     """
-    targets = select_targets(opened.module, config.target_modules, config.exclude_modules, opened.saved)
+    targets = select_targets(
+        opened.module, config.target_modules, config.exclude_modules, opened.saved, config.vision_layers
+    )
     targets = taken_by_peft(opened.module, targets, config)
     config, limits = rank_limits(targets, config)
     budget = config.rank_budget
@@ -62,6 +65,7 @@ def plan(
     return {
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
+        "vision_layers_left_out": 0 if config.vision_layers else left_out_layers(opened.module),
         "rank": config.rank,
         "smaller_ranks": {} if budget else {name: rank for name, rank in limits.items() if rank < config.rank},
         "gamma": config.gamma,
@@ -115,6 +119,7 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
             ("", f"{kind['count']} × {kind['name']} {kind['shape'][0]}×{kind['shape'][1]}")
             for kind in content["layers"]
         ],
+        *left_out_facts(content),
         ("parameters", f"{content['parameters']:,}{' if all ranks were equal' if budget else ''}"),
         ("data", at_most + describe_sample(content["sample"])),
         *([("samples", _describe_growth(content["growth"]))] if content["growth"] else []),

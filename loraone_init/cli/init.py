@@ -61,6 +61,9 @@ _memory = under("Memory and speed")
 )
 @_adapted("--exclude-modules", help="Names or a regular expression of layers to leave out.")
 @_adapted(
+    "--vision-layers", is_flag=True, help="Adapt the layers for images and sound too, which are left out otherwise."
+)
+@_adapted(
     "--task",
     default=DataOptions.task,
     type=click.Choice(TASKS),
@@ -195,6 +198,7 @@ def _run(processes: Processes, options: InitOptions) -> None:
         with monitor.timed("import"):
             import_transformers(options.verbose, options.quiet)
             from ..initialization.initialize import initialize
+            from ..layers.targets import left_out_layers
             from .dry_run import plan, print_plan
             from .summary import print_summary, print_warning, summarize
 
@@ -224,7 +228,8 @@ def _run(processes: Processes, options: InitOptions) -> None:
             return
         with monitor.timed("save"):
             adapter.save(output, overwrite=options.overwrite)
-    summary = summarize(adapter, output, monitor, peaks, opened.opened_from)
+    left_out = 0 if config.vision_layers else left_out_layers(opened.module)
+    summary = summarize(adapter, output, monitor, peaks, opened.opened_from, left_out)
     _tell_paths(adapter, output)
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)

@@ -33,6 +33,7 @@ class InitOptions:
     scaling: Scaling
     target_modules: str
     exclude_modules: str | None
+    vision_layers: bool
     block_path: str | None
     samples: int | Auto
     max_samples: int | None
@@ -70,6 +71,7 @@ class InitOptions:
             scaling=self.scaling,
             target_modules=parse_modules(self.target_modules),
             exclude_modules=parse_modules(self.exclude_modules),
+            vision_layers=self.vision_layers,
             block_path=self.block_path,
             seed=self.seed,
             rank_budget=None if self.rank_budget is None else parse_rank_budget(self.rank_budget),

@@ -23,11 +23,16 @@ from .trainer_lines import lines_for_trainers
 
 
 def summarize(
-    adapter: Adapter, output: Path, monitor: Monitor, processes: Sequence[Peaks], opened_from: str | None = None
+    adapter: Adapter,
+    output: Path,
+    monitor: Monitor,
+    processes: Sequence[Peaks],
+    opened_from: str | None = None,
+    left_out: int = 0,
 ) -> dict[str, Any]:
     """The run's figures: what --json prints, and the table shows.
 
-    processes: the peaks of each. opened_from: see `lines_for_trainers`.
+    processes: the peaks of each. opened_from: see `lines_for_trainers`. left_out: layers for images and sound.
     """
     resident, device = zip(*processes, strict=True)
     layers = adapter.layers.values()
@@ -39,6 +44,7 @@ def summarize(
         "output_bytes": sum(file.stat().st_size for file in files),
         "base": adapter.base.get("name"),
         "layers": len(adapter.layers),
+        "vision_layers_left_out": left_out,
         "experts": _summarize_experts(adapter),
         "parameters": adapter.num_parameters,
         "rank": adapter.config.rank,
@@ -93,11 +99,18 @@ def print_warning(summary: Mapping[str, Any]) -> None:
         Console(stderr=True).print(text, style="bold red", markup=False, soft_wrap=True)
 
 
+def left_out_facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A line of the table, for models with layers for images or sound."""
+    number = content["vision_layers_left_out"]
+    return [("left out", f"{number} layers for images and sound (--vision-layers adapts them too)")] if number else []
+
+
 def _print_table(summary: Mapping[str, Any]) -> None:
     sample = summary["sample"]
     facts = [
         ("base", str(summary["base"])),
         ("layers", f"{summary['layers']} of rank {_describe_ranks(summary)}, {summary['parameters']:,} parameters"),
+        *left_out_facts(summary),
         *([("experts", _describe_experts(summary["experts"]))] if summary["experts"] else []),
         ("data", describe_sample(sample)),
         *([("samples", describe_growth(summary["growth"]))] if summary["growth"] else []),

@@ -12,11 +12,12 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from ..data.batches import IGNORED
-from ..errors import DataError
+from ..errors import DataError, ModelError, describe, others_errors
+from ..layers.language import find_decoder
 from ..layers.patching import only_last_states, replaced_forward
 from ..layers.sizes import text_config
 from .losses import RowLosses
-from .objective import Batch, check_tokens
+from .objective import Batch, check_tokens, model_runs
 
 MAX_LOGITS = 2**22
 """Elements of the logits computed at a time (16 MiB in fp32); a few such buffers are alive together."""
@@ -35,9 +36,7 @@ class CausalLM:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._model = model
         self._device = device
-        getter = getattr(model, "get_decoder", None)
-        decoder = getter() if callable(getter) else None
-        self._decoder: nn.Module | None = decoder if decoder is not model else None
+        self._decoder = find_decoder(model)
         self._original = self._decoder.forward if self._decoder is not None else None
 
     def check(self, batches: Sequence[Batch]) -> None:
@@ -61,12 +60,17 @@ class CausalLM:
     def forward(self, batch: Batch) -> Any:
         """The decoder's output, hidden states (batch, tokens, hidden) in it; the logits if no decoder is known."""
         try:
-            return self._model(**self._inputs(batch), use_cache=False, return_dict=True)
+            with model_runs(self._model):
+                return self._model(**self._inputs(batch), use_cache=False, return_dict=True)
         except _DecoderReturned as reached:
+            self._check_read(reached.read, batch)
             return reached.output
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {key: value.to(self._device) for key, value in batch.items() if key != "labels"}
+
+    def _check_read(self, tokens: Any, batch: Batch) -> None:
+        """Raise ModelError where the decoder was given other tokens than it should."""
 
     def _labels(self, batch: Batch) -> torch.Tensor:
         """What each position predicts."""
@@ -115,15 +119,22 @@ class CausalLM:
 
     def _leave_with_output(self, *args: Any, **kwargs: Any) -> Any:
         assert self._original is not None
-        raise _DecoderReturned(self._original(*args, **kwargs))
+        read = kwargs.get("input_ids", args[0] if args else None)
+        raise _DecoderReturned(self._original(*args, **kwargs), read)
 
     def _head(self, features: Any, states: torch.Tensor) -> torch.Tensor:
         """Logits (1, n, vocabulary) of hidden states (1, n, hidden), by the model's own forward."""
         assert self._decoder is not None
         answer = _with_hidden_states(features, states)
-        with replaced_forward(self._decoder, lambda *args, **kwargs: answer):
+        with replaced_forward(self._decoder, lambda *args, **kwargs: answer), others_errors(self._not_alone):
             logits: torch.Tensor = self._model(**self._head_inputs(states), use_cache=False, return_dict=True).logits
         return logits
+
+    def _not_alone(self, error: Exception) -> ModelError:
+        name = type(self._model).__name__
+        return ModelError(
+            f"the head of {name} reads more than its decoder's last hidden states: {describe(error)[:250]}; pass loss="
+        )
 
     def _head_inputs(self, states: torch.Tensor) -> dict[str, Any]:
         """Tokens that no one reads, as many as there are states."""
@@ -134,10 +145,14 @@ class CausalLM:
 
 
 class _DecoderReturned(BaseException):
-    """Leaves a model's forward with its decoder's output. Not an Exception: model code must not swallow it."""
+    """Leaves a model's forward with its decoder's output. Not an Exception: model code must not swallow it.
 
-    def __init__(self, output: Any) -> None:
+    read: the tokens that the decoder was given, if it was given tokens.
+    """
+
+    def __init__(self, output: Any, read: Any) -> None:
         self.output = output
+        self.read = read
 
 
 def _hidden_states(output: Any) -> torch.Tensor:

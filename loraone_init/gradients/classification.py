@@ -14,7 +14,7 @@ from ..errors import DataError, ModelError
 from ..layers.patching import only_last_states
 from ..layers.sizes import text_config
 from .losses import RowLosses
-from .objective import Batch, check_tokens
+from .objective import Batch, check_tokens, model_runs
 
 
 class SequenceClassification:
@@ -46,7 +46,8 @@ class SequenceClassification:
         if self._pad_id is not None and "attention_mask" in inputs:
             padding = inputs["attention_mask"] == 0  # models pool where their own padding token begins
             inputs["input_ids"] = inputs["input_ids"].masked_fill(padding, self._pad_id)
-        logits: torch.Tensor = self._model(**inputs, return_dict=True).logits
+        with model_runs(self._model):
+            logits: torch.Tensor = self._model(**inputs, return_dict=True).logits
         return logits
 
     def finish(self, features: torch.Tensor, batch: Batch, *, backward: bool, retain_graph: bool = True) -> RowLosses:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, ModelError, describe, others_errors
 from ..layers.patching import without_cache
 from ..layers.sizes import text_config
 from .losses import RowLosses
@@ -83,6 +83,19 @@ class WholeModel:
         if backward and total.requires_grad:
             torch.autograd.backward(total, retain_graph=retain_graph)
         return RowLosses(total.detach().double().cpu().reshape(1), torch.as_tensor(count).double().cpu().reshape(1))
+
+
+@contextmanager
+def model_runs(model: nn.Module) -> Iterator[None]:
+    """Has what a model raises in here end as a ModelError: it may want an image beside the text, or sound."""
+
+    def as_ours(error: Exception) -> ModelError:
+        return ModelError(
+            f"{type(model).__name__} does not run on these rows: {describe(error)[:300]}; does it read text alone?"
+        )
+
+    with others_errors(as_ours):
+        yield
 
 
 def check_tokens(model: nn.Module, sequences: Sequence[torch.Tensor]) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.batches import IGNORED
 from ..errors import ModelError
+from ..transformers_private import encoder_output
 from .causal_lm import CausalLM
 from .objective import Batch, check_tokens
 
@@ -23,8 +25,6 @@ class Seq2SeqLM(CausalLM):
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         super().__init__(model, device)
         self._shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if self._shift is None or self._decoder is None:
-            raise ModelError(f"{type(model).__name__} does not tell how its decoder starts; pass loss=")
 
     def check(self, batches: Sequence[Batch]) -> None:
         """Labels are tokens that the decoder reads."""
@@ -32,12 +32,26 @@ class Seq2SeqLM(CausalLM):
         check_tokens(self._model, [batch["labels"] for batch in batches])
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        labels = self._shift(labels=batch["labels"].to(self._device))
-        return {**super()._inputs(batch), "decoder_input_ids": labels}
+        """With what the decoder reads, or with labels, which a model shifts on the way to its decoder."""
+        labels = batch["labels"].to(self._device)
+        read = {"labels": labels} if self._shift is None else {"decoder_input_ids": self._shift(labels=labels)}
+        return {**super()._inputs(batch), **read}
+
+    def _check_read(self, tokens: Any, batch: Batch) -> None:
+        """Some models shift the input in the place of labels (FSMT)."""
+        labels = batch["labels"].to(self._device)
+        shape = getattr(tokens, "shape", None)
+        if self._shift is None and shape is not None and tokens.dtype == labels.dtype:
+            before = labels[:, :-1]
+            if shape != labels.shape or bool(((tokens[:, 1:] != before) & (before != IGNORED)).any()):
+                raise ModelError(
+                    f"{type(self._model).__name__} does not give its labels to its decoder, shifted by one; pass loss="
+                )
 
     def _labels(self, batch: Batch) -> torch.Tensor:
         return batch["labels"]
 
     def _head_inputs(self, states: torch.Tensor) -> dict[str, Any]:
         """Given an encoder's output, which no one reads, the model does not run its encoder."""
-        return {"decoder_input_ids": super()._head_inputs(states)["input_ids"], "encoder_outputs": (states,)}
+        tokens = super()._head_inputs(states)["input_ids"]
+        return {"decoder_input_ids": tokens, "encoder_outputs": encoder_output(states)}

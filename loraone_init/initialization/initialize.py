@@ -130,9 +130,10 @@ def _compute(
     opened, given, others = inputs.opened, inputs.data, inputs.held_out
     rows = batches_of(given)
     saved = opened.saved if loss is None else ()
-    targets = select_targets(opened.module, inputs.config.target_modules, inputs.config.exclude_modules, saved)
-    targets = taken_by_peft(opened.module, targets, inputs.config)
-    config, limits = rank_limits(targets, inputs.config)
+    wanted = inputs.config
+    targets = select_targets(opened.module, wanted.target_modules, wanted.exclude_modules, saved, wanted.vision_layers)
+    targets = taken_by_peft(opened.module, targets, wanted)
+    config, limits = rank_limits(targets, wanted)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")

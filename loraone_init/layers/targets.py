@@ -13,6 +13,7 @@ from ..config import ALL_LINEAR
 from ..errors import ModelError
 from .expert_layout import expert_name
 from .experts import expert_layers, fused_parameters, is_fused_experts, is_other_experts
+from .language import output_embedding, outside_language
 from .patterns import fully_matches
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,24 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return (isinstance(module, nn.Linear) and gives_products(module)) or is_conv1d(module)
+
+
+def gives_products(layer: nn.Linear) -> bool:
+    """Whether x (n, in) becomes one tensor (n, out), as far as shapes tell.
+
+    Asked of the layers of transformers' models that have a forward of their own: some are routers, which return several
+    tensors, and some multiply groups of the input with parts of the weight. PEFT takes all of them for linear layers.
+    """
+    if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith("transformers.models."):
+        return True
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in layer.state_dict().items()}
+    x = torch.empty(2, layer.in_features, device="meta", dtype=layer.weight.dtype)
+    try:
+        y = torch.func.functional_call(layer, tensors, (x,))
+    except Exception:  # whatever it is that it takes, it is not x
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (2, layer.out_features)
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
@@ -61,6 +79,7 @@ def select_targets(
     target_modules: str | tuple[str, ...],
     exclude_modules: str | tuple[str, ...] = (),
     saved: tuple[str, ...] = (),
+    vision_layers: bool = False,
 ) -> dict[str, nn.Module]:
     """The linear layers to adapt, by name, in module order.
 
@@ -69,11 +88,13 @@ def select_targets(
     of their parameter (`model.layers.0.mlp.experts.down_proj`) or module; all of them become layers (`….down_proj.0`).
     A router whose weight is a bare parameter is no linear layer: a step computed for one routing should not change it.
     saved: modules that the adapter holds as a whole (a classifier's head); what is in them is no candidate.
+    vision_layers: whether towers for images and sound, and what connects them with the language model, are candidates.
     Raises ModelError, listing candidates, where nothing matches, or one of the names nothing; ConfigError for a bad
     regular expression.
     """
     fused = _fused_experts(model)
-    whole = tuple(f"{name}." for name in saved)
+    outside = () if vision_layers else outside_language(model)
+    whole = tuple(f"{name}." for name in (*saved, *outside))
     linear = {
         name: module
         for name, module in ({n: m for n, m in model.named_modules() if is_linear(m)} | fused).items()
@@ -87,9 +108,9 @@ def select_targets(
         return _matches(name, wanted) or (name in fused and _matches(name.rpartition(".")[0], wanted))
 
     if target_modules == ALL_LINEAR:
-        head = _output_embedding(model)
+        head = output_embedding(model)
         chosen = {name: module for name, module in linear.items() if module is not head}
-        _warn_of_other_experts(model)
+        _warn_of_others(model)
     else:
         chosen = {name: module for name, module in linear.items() if matches(name, target_modules)}
     chosen = {name: module for name, module in chosen.items() if not matches(name, exclude_modules)}
@@ -102,6 +123,12 @@ def select_targets(
             f" there are: {_candidates(linear)}"
         )
     return {layer: module for name in chosen for layer, module in _layers(name, chosen[name], name in fused).items()}
+
+
+def left_out_layers(model: nn.Module) -> int:
+    """The number of linear layers that are no candidates without `vision_layers`."""
+    prefixes = tuple(f"{name}." for name in outside_language(model))
+    return sum(is_linear(module) and f"{name}.".startswith(prefixes) for name, module in model.named_modules())
 
 
 def _fused_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -120,10 +147,17 @@ def _layers(name: str, module: nn.Module, fused: bool) -> dict[str, nn.Module]:
     return {expert_name(name, e): layer for e, layer in enumerate(expert_layers(module, name.rpartition(".")[2]))}
 
 
-def _warn_of_other_experts(model: nn.Module) -> None:
-    others = {type(module).__name__: name for name, module in model.named_modules() if is_other_experts(module)}
-    for kind, name in others.items():
+def _warn_of_others(model: nn.Module) -> None:
+    experts = {type(module).__name__: name for name, module in model.named_modules() if is_other_experts(module)}
+    for kind, name in experts.items():
         logger.warning("%s and all other %s are left out: their form of fused experts is not known here", name, kind)
+    layers = {
+        type(module).__name__: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not gives_products(module)
+    }
+    for kind, name in layers.items():
+        logger.warning("%s and all other %s are left out: they give no product of input and weight", name, kind)
 
 
 def _without_other_forms(
@@ -161,12 +195,6 @@ def _whole_name_hint(linear: dict[str, nn.Module], wanted: str | tuple[str, ...]
     if not any(fully_matches(f".*(?:{wanted}).*", name) for name in linear):
         return ""
     return f": it has to match a whole name, as '.*({wanted})' does"
-
-
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _candidates(linear: dict[str, nn.Module]) -> str:

@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from ..errors import ModelError
 from ..json_files import shown
+from ..layers.language import outside_language
+from ..layers.targets import is_linear
 from ..transformers_private import is_checkpointing_layer, unsplit_classes
 
 
 def find_blocks(model: nn.Module, block_path: str | None = None) -> list[str]:
     """Names of the model's blocks in module order; [] where none can be told.
 
-    In this order: the children of `block_path` if it is given; module lists whose members are all of the class that
-    transformers has for layers with checkpointed activations; modules of the classes that the model says must not be
-    split over devices. Of nested candidates the outermost counts.
+    The children of `block_path` if it is given; else the first of these that finds any in the language model: module
+    lists whose members are all of the class that transformers has for layers with checkpointed activations; modules of
+    the classes that the model says must not be split over devices; in a transformers model, module lists whose members
+    are of one class and have linear layers, two or more members if there are such lists. Of nested candidates the
+    outermost counts.
     """
     if block_path is not None:
         return _children_of(model, block_path)
-    lists = [
+    beside = tuple(f"{name}." for name in outside_language(model))
+    found: list[str] = []
+    for candidates in (_checkpointed(model), _unsplit(model), _alike(model, 2), _alike(model, 1)):
+        found = found or candidates
+        if any(not name.startswith(beside) for name in candidates):
+            return _outermost(candidates)
+    return _outermost(found)
+
+
+def _checkpointed(model: nn.Module) -> list[str]:
+    return _members(model, lambda members: all(map(is_checkpointing_layer, members)))
+
+
+def _unsplit(model: nn.Module) -> list[str]:
+    classes = unsplit_classes(model)
+    return [name for name, module in model.named_modules() if name and type(module).__name__ in classes]
+
+
+def _alike(model: nn.Module, at_least: int) -> list[str]:
+    """Of lists of at least so many members; [] for a module that is no transformers model, and may call them anyhow."""
+    if not hasattr(model, "get_input_embeddings"):
+        return []
+
+    def is_wanted(members: list[nn.Module]) -> bool:
+        alike = len({type(member) for member in members}) == 1 and len(members) >= at_least
+        uncalled = isinstance(members[0], (nn.ModuleList, nn.ModuleDict))
+        return alike and not uncalled and all(any(map(is_linear, member.modules())) for member in members)
+
+    return _members(model, is_wanted)
+
+
+def _members(model: nn.Module, is_wanted: Callable[[list[nn.Module]], bool]) -> list[str]:
+    """Names of the members of all module lists whose members are wanted."""
+    return [
         f"{name}.{child}"
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(map(is_checkpointing_layer, module))
+        if isinstance(module, nn.ModuleList) and len(module) and is_wanted(list(module))
         for child, _ in module.named_children()
     ]
-    if lists:
-        return _outermost(lists)
-    classes = unsplit_classes(model)
-    return _outermost([name for name, module in model.named_modules() if name and type(module).__name__ in classes])
 
 
 def describe_module_lists(model: nn.Module) -> str:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, describe
-from ..tasks import Task, auto_class
+from ..tasks import Task
 from ..transformers_private import initialize, may_be_missing, tied_parameters
 from ..weights.base import get_tensor
 from ..weights.checkpoint import Checkpoint
 from ..weights.reader import WeightReader
 from ..weights.recipes import InseparableError, crossing, find_recipes
 from .blocks import parents
+from .classes import model_class
 from .heads import Head
 from .sources import LocalModel
 
@@ -42,7 +43,7 @@ def load_whole(
     """
     model: PreTrainedModel
     try:
-        model, loading = auto_class(task).from_pretrained(
+        model, loading = model_class(skeleton.config, task).from_pretrained(
             source.directory,
             config=skeleton.config,
             dtype=skeleton.dtype,
@@ -79,6 +80,7 @@ def load_rest(
     tied = resolve_ties(model, names)
     _check_missing(model, head, missing_tensors(model, names))
     _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
+    _compute_parameters(model, names | tied.keys(), device)
     prefixes = tuple(f"{block}." for block in blocks)
     reader.load([name for name in names if not name.startswith(prefixes)], device)
     for target, source in tied.items():
@@ -149,6 +151,18 @@ def _initialize(model: PreTrainedModel, paths: set[str]) -> None:
         if path in paths:
             owner = next(owners[outer] for outer in (path, *reversed(parents(path)), "") if outer in owners)
             initialize(owner, modules[path])
+
+
+def _compute_parameters(model: PreTrainedModel, present: set[str], device: torch.device) -> None:
+    """Parameters that are computed, not stored (Marian's sinusoidal positions): by the model's own initialisation."""
+    for path, module in model.named_modules():
+        computed = [leaf for leaf in module._parameters if f"{path}.{leaf}".lstrip(".") not in present]
+        computed = [leaf for leaf in computed if module._parameters[leaf] is not None]
+        for leaf in computed:
+            empty = torch.empty_like(module._parameters[leaf], device=device)
+            module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        if computed:
+            initialize(model, module)
 
 
 def find_reader(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..data.labels import LabelSource
-from ..tasks import NAMES, Task, auto_class, check_architecture
+from ..tasks import NAMES, Task, check_architecture
 from ..weights.base import get_tensor, set_tensor
 from ..weights.checkpoint import Checkpoint
+from .classes import make_on_meta
 from .dtypes import DType, declared_dtypes, select_dtype
 from .foreign import load_config, told_as_model_error
 from .heads import Head, find_head, fit_labels
@@ -60,8 +61,5 @@ def skeleton(source: LocalModel, checkpoint: Checkpoint, wanted: Wanted) -> tupl
 
 def _from_config(config: Any, wanted: Wanted) -> PreTrainedModel:
     dtype = select_dtype(wanted.dtype, wanted.device) or config.dtype or torch.float32
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(wanted.task).from_config(
-            config, dtype=dtype, trust_remote_code=wanted.trust_remote_code
-        )
+    model: PreTrainedModel = make_on_meta(config, wanted.task, dtype, wanted.trust_remote_code)
     return model
