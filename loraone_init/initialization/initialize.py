@@ -104,10 +104,10 @@ def initialize(
         monitor=monitor,
         processes=processes,
     )
-    return _compute(inputs, loss, growth, max_memory, monitor, processes)
+    return compute(inputs, loss, growth, max_memory, monitor, processes)
 
 
-def _compute(
+def compute(
     inputs: Inputs,
     loss: LossFunction | None,
     growth: Growth | None,
@@ -120,7 +120,7 @@ def _compute(
     rows = batches_of(given)
     saved = opened.saved if loss is None else ()
     targets = select_targets(opened.module, inputs.config.target_modules, inputs.config.exclude_modules, saved)
-    config, limits = rank_limits(targets, inputs.config)
+    config, limits = rank_limits(targets, inputs.config, inputs.settings)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
@@ -150,9 +150,9 @@ def _compute(
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
-            gamma, report = evaluate_step(
-                evaluator, batches_of(used), found.losses, others, found.pairs, targets, config
-            )
+            pairs = found.pairs if inputs.settings is None else inputs.settings.scaled(found.pairs, config.scale)
+            gamma, report = evaluate_step(evaluator, batches_of(used), found.losses, others, pairs, targets, config)
+            del pairs
     if opened.checkpoint is not None:
         opened.checkpoint.check_unchanged()
     return Adapter(
