@@ -5,7 +5,11 @@ May import `initialization` and what stands below it. Inside of this package `im
 
 from __future__ import annotations
 
-from .initialize import initialize_peft
-from .report import InitReport
+from ..extras import require
+
+require("train", "peft", by="loraone_init.peft")
+
+from .initialize import initialize_peft  # noqa: E402  (it imports peft)
+from .report import InitReport  # noqa: E402
 
 __all__ = ["InitReport", "initialize_peft"]

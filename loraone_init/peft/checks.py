@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError, ModelError
+from ..gradients.objective import LossFunction
 from ..layers.experts import fused_parameters, is_fused_experts
 from ..layers.targets import is_linear
 from .layers import AdaptedLayer, auxiliary_wrappers, not_linear
@@ -21,6 +22,13 @@ _INSTEAD = (
     "initialise before the model is wrapped (`initialize_peft`, or loraone-init and PeftModel.from_pretrained), then"
     " train from that adapter without this step"
 )
+
+
+def check_loss(base: nn.Module, loss: LossFunction | None) -> None:
+    """Raise ModelError for a model whose own loss is not ours, where no other is given."""
+    name = type(base).__name__
+    if loss is None and name.endswith("ForMaskedLM"):
+        raise ModelError(f"{name} predicts masked tokens, which is another loss; pass loss=")
 
 
 def check_config(config: Any, adapter: str) -> None:

@@ -23,7 +23,7 @@ from ..models.heads import find_head
 from ..monitor import Monitor
 from ..processes.processes import Alone, Processes
 from .batches import take_batches
-from .checks import check_config, check_layers, check_whole
+from .checks import check_config, check_layers, check_loss, check_whole
 from .layers import AdaptedLayer, base_of, find_layers, without_adapters, write_factors
 from .report import InitReport
 
@@ -70,12 +70,13 @@ def initialize_peft(
     that are not linear, starts that change the base (PiSSA, OLoRA, LoftQ …), merged adapters, models that are sharded
     (FSDP, DeepSpeed), and what `initialize` refuses.
     """
+    check_whole(peft_model)
     base = base_of(peft_model)
+    check_loss(base, loss)
     configs: Mapping[str, Any] = peft_model.peft_config  # type: ignore[assignment]
     if adapter_name not in configs:
         raise ConfigError(f"the model has no adapter {adapter_name!r}; there are: {', '.join(configs)}")
     check_config(configs[adapter_name], adapter_name)
-    check_whole(peft_model)
     layers = find_layers(base, adapter_name)
     check_layers(base, layers, overwrite)
     monitor, processes = monitor or Monitor(), processes or Alone()

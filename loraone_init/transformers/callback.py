@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -75,18 +76,21 @@ class LoraOneCallback(TrainerCallback):  # type: ignore[misc]
         self._data = data
         self._max_memory = max_memory
         self._hooks: StepHooks | None = None
+        self._started: Any = lambda: None  # a weak reference to the model that was initialised
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         _refuse_sharding(args)
-        if state.global_step == 0 and self.report is None:
-            self.report = self._initialize(args, given["model"], given["train_dataloader"])
-            self._tell(self.report, state)
-        elif self.report is None:
+        model = given["model"]
+        if state.global_step > 0:
             logger.info("The training is resumed: its factors stay as they are")
+        elif self._started() is not model:  # else it is trained on
+            self.report = self._initialize(args, model, given["train_dataloader"])
+            self._started = weakref.ref(model)
+            self._tell(self.report, state)
         if self.optimizer:
-            self._hooks = _preconditioned(given["optimizer"], given["model"])
+            self._hooks = _preconditioned(given["optimizer"], model)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         if self._hooks is not None:
@@ -133,8 +137,8 @@ class LoraOneCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _refuse_sharding(args: TrainingArguments) -> None:
-    for what, used in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed or args.deepspeed_plugin)):
-        if used:
+    for what, settings in (("FSDP", ("fsdp",)), ("DeepSpeed", ("deepspeed", "deepspeed_plugin"))):
+        if any(getattr(args, name, None) for name in settings):
             raise ConfigError(f"{what} keeps copies of the factors, which the callback cannot reach; {INSTEAD}")
 
 

@@ -18,7 +18,7 @@ INSTEAD = (
     " without this callback"
 )
 _ORDINARY = ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig")
-_COMPUTED_BY = ("Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer")
+_COMPUTED_BY = ("Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer", "AxolotlTrainer")
 
 
 def check_ordinary(args: Any, trainer: Any) -> None:
@@ -30,6 +30,8 @@ def check_ordinary(args: Any, trainer: Any) -> None:
         raise ConfigError(f"label_smoothing_factor={args.label_smoothing_factor} makes another loss; {_PASS}")
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise ConfigError(f"compute_loss_func makes another loss; {_PASS}")
+    if getattr(args, "orpo_alpha", None):  # Axolotl's
+        raise ConfigError(f"orpo_alpha={args.orpo_alpha} makes another loss; {_PASS}")
     kind = _kind(args)
     if kind is None:
         raise ConfigError(f"the loss of a trainer with {type(args).__name__} is not known here; {_PASS}")

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from support.causal import make_batches, make_model
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM
 
 from loraone_init.errors import ConfigError, DataError, LoraOneError, ModelError
 from loraone_init.peft import initialize_peft
@@ -36,6 +37,11 @@ def prefix():
     return get_peft_model(
         make_model("llama", torch.float32), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     )
+
+
+def masked():
+    config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    return get_peft_model(BertForMaskedLM(config), LoraConfig(r=2, target_modules=["query"]))
 
 
 def marked(attribute):
@@ -77,6 +83,7 @@ REFUSED = {
     "ZeRO-3": (lambda: marked("ds_id"), "ZeRO-3"),
     "DeepSpeed's copies": (lambda: marked("_hp_mapping"), "DeepSpeed"),
     "meta": (on_meta, "lm_head.weight is not in memory"),
+    "a masked language model": (masked, "pass loss="),
     "a plain model": (lambda: make_model("llama", torch.float32), "get_peft_model"),
     "a wrapped model": (Wrapping, "pass its .module"),
 }
