@@ -43,7 +43,8 @@ class LoraOneCallback(TrainerCallback):  # type: ignore[misc]
                   trainer=trainer))` the losses and γ go to its loggers (TensorBoard, wandb, trackio) too, and the loss
                   of a DPOTrainer can be differentiated.
     adapter_name: the adapter to initialise.
-    loss:         loss(model, batch) -> (summed loss, number of terms), for a training with a loss of its own.
+    loss:         loss(model, batch) -> (summed loss, number of terms), for a training with a loss of its own; `batch`
+                  is what the collator makes, on the CPU.
     data:         batches in place of the trainer's rows, from whose front `samples` rows are taken; or a `Sample`.
     max_memory:   see `initialize`.
 
@@ -89,10 +90,14 @@ class LoraOneCallback(TrainerCallback):  # type: ignore[misc]
             self.report = self._initialize(args, model, given["train_dataloader"])
             self._started = weakref.ref(model)
             self._tell(self.report, state)
+        self._unhook()  # a training that failed has left them
         if self.optimizer:
             self._hooks = _preconditioned(given["optimizer"], model)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
+        self._unhook()
+
+    def _unhook(self) -> None:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None

@@ -130,6 +130,17 @@ def test_a_second_training_goes_on_from_the_first(tmp_path):
         other.train()
 
 
+def test_after_a_training_that_failed_steps_are_preconditioned_once():
+    model, callback = peft_model(), LoraOneCallback()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        state = SimpleNamespace(global_step=1)
+        callback.on_train_begin(SimpleNamespace(), state, None, model=model, optimizer=optimizer, train_dataloader=None)
+        assert len(optimizer._optimizer_step_pre_hooks) == 1
+    with pytest.raises(ConfigError, match="optimizer=False"):
+        callback.on_train_begin(SimpleNamespace(), state, None, model=model, optimizer=object(), train_dataloader=None)
+
+
 def test_dpo_differentiates_its_own_loss(tmp_path):
     rows = [
         {"prompt": f"w{i} w{i + 1}", "chosen": f" w{7 * i} w{5 * i} w3", "rejected": f" w{3 * i} w4"} for i in range(12)
