@@ -14,13 +14,21 @@ Lines = Sequence[tuple[str, str]]
 """(what is told, in words) from the top down."""
 
 
-def one_line(ranks: Sequence[int], gamma: float, loss: Mapping[str, Any], training: Mapping[str, Any] | None) -> str:
-    """Adapter(210 layers, r=8, γ=256, loss 1.467 → 1.256)."""
+def one_line(
+    ranks: Sequence[int],
+    gamma: float,
+    loss: Mapping[str, Any],
+    training: Mapping[str, Any] | None,
+    called: str = "Adapter",
+) -> str:
+    """Adapter(210 layers, r=8, γ=256, loss 1.467 → 1.256). called: what stands before the brackets."""
     least, most = min(ranks, default=0), max(ranks, default=0)
     rank = f"{least}" if least == most else f"{least} to {most}"
     after = "not finite" if loss["after"] is None else f"{loss['after']:.3f}"
     trained = f", trained {_how_long(training)}" if training else ""
-    return f"Adapter({count(len(ranks), 'layer')}, r={rank}, γ={gamma:g}, loss {loss['before']:.3f} → {after}{trained})"
+    return (
+        f"{called}({count(len(ranks), 'layer')}, r={rank}, γ={gamma:g}, loss {loss['before']:.3f} → {after}{trained})"
+    )
 
 
 def overview(record: Mapping[str, Any], ranks: Sequence[int], num_parameters: int) -> Lines:

@@ -114,10 +114,10 @@ def initialize(
         monitor=monitor,
         processes=processes,
     )
-    return _compute(inputs, loss, growth, max_memory, schedule, monitor, processes)
+    return compute(inputs, loss, growth, max_memory, schedule, monitor, processes)
 
 
-def _compute(
+def compute(
     inputs: Inputs,
     loss: LossFunction | None,
     growth: Growth | None,
@@ -132,8 +132,9 @@ def _compute(
     saved = opened.saved if loss is None else ()
     wanted = inputs.config
     targets = select_targets(opened.module, wanted.target_modules, wanted.exclude_modules, saved, wanted.vision_layers)
-    targets = taken_by_peft(opened.module, targets, wanted)
-    config, limits = rank_limits(targets, wanted)
+    if inputs.settings is None:  # else PEFT has these layers already
+        targets = taken_by_peft(opened.module, targets, wanted)
+    config, limits = rank_limits(targets, wanted, inputs.settings)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
@@ -173,9 +174,11 @@ def _compute(
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
+            pairs = found.pairs if inputs.settings is None else inputs.settings.scaled(found.pairs, config.scale)
             gamma, report = evaluate_step(
-                evaluator, batches_of(used), found.losses, others, found.pairs, found.layers, targets, config
+                evaluator, batches_of(used), found.losses, others, pairs, found.layers, targets, config
             )
+            del pairs
     if opened.checkpoint is not None:
         opened.checkpoint.check_unchanged()
     return Adapter(

@@ -27,6 +27,7 @@ from ..monitor import Monitor
 from ..processes.processes import Processes
 from ..ranges import is_whole
 from ..tasks import Task, task_of_module
+from .layer_starts import LayerSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,12 +55,14 @@ class Inputs:
 
     data:     a sample, or micro-batches that were made in Python.
     held_out: micro-batches that the gradient is not from.
+    settings: ranks and scales by layer that an adapter has already; None: they follow from the configuration.
     """
 
     opened: OpenModel
     data: Sample | list[Any]
     held_out: list[Any]
     config: InitConfig
+    settings: LayerSettings | None = None
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,33 @@ batch while its slowest layers converge, take as much again each.
 logger = logging.getLogger(__name__)
 
 
-def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[InitConfig, dict[str, int]]:
+@dataclass(frozen=True)
+class LayerSettings:
+    """What an adapter that is in a model already has for each layer: the rank, and the scale s of B·A."""
+
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+
+    def scaled(self, pairs: Mapping[str, LoraPair], scale: float) -> dict[str, LoraPair]:
+        """The factors with each layer's own scale in B, for those who multiply every layer's product by `scale`."""
+        return {
+            name: pair if self.scales[name] == scale else replace(pair, B=pair.B * (self.scales[name] / scale))
+            for name, pair in pairs.items()
+        }
+
+
+def rank_limits(
+    targets: Mapping[str, nn.Module], config: InitConfig, settings: LayerSettings | None = None
+) -> tuple[InitConfig, dict[str, int]]:
     """The configuration with the rank that the scale s follows from, and the rank up to which each layer is decomposed.
 
     A layer smaller than the rank gets what its shape allows, and the log says so: the gate of a shared expert has a
     single output. Raises ConfigError where the rank is larger than every layer allows; likewise for a budget.
     """
     shapes = {name: layer_shape(module) for name, module in targets.items()}
+    if settings is not None:
+        _check_ranks(settings.ranks, shapes)
+        return config, {name: settings.ranks[name] for name in shapes}
     if config.rank_budget is not None:
         limits = config.rank_budget.limits(shapes)
         return replace(config, rank=config.rank_budget.average(len(shapes))), limits
@@ -59,6 +79,15 @@ def rank_limits(targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[I
             describe_ranks([limits[name] for name in smaller]),
         )
     return config, limits
+
+
+def _check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    for name, shape in shapes.items():
+        if ranks[name] > min(shape):
+            raise ConfigError(
+                f"layer {name} of shape {shape} has rank {ranks[name]} in the adapter, but its gradient allows"
+                f" {min(shape)} at most; give it a lower rank (`rank_pattern`), or leave it out (`exclude_modules`)"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,13 +172,16 @@ def _decompose(alike: list[LayerGradient], limit: int, config: InitConfig) -> li
 
 
 def start_layers(
-    decomposed: dict[str, Decomposition], experts: Mapping[str, ExpertStack], config: InitConfig
+    decomposed: dict[str, Decomposition],
+    limits: Mapping[str, int],
+    experts: Mapping[str, ExpertStack],
+    config: InitConfig,
 ) -> tuple[dict[str, LoraPair], dict[str, LayerReport]]:
-    """The factors and the report of each layer, with the ranks that the budget gives if there is one.
+    """The factors and the report of each layer, with the ranks that the budget gives if there is one, else `limits`.
 
     decomposed: is emptied, so that each decomposition is freed once its layer's factors are there.
     """
-    ranks = {name: min(config.rank, len(found.svd.S)) for name, found in decomposed.items()}
+    ranks = {name: limits[name] for name in decomposed}
     if config.rank_budget is not None:
         svds = {name: found.svd for name, found in decomposed.items()}
         ranks = choose_ranks(svds, config.rank_budget.total(len(svds)), experts)

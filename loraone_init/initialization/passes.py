@@ -67,7 +67,7 @@ class GradientPass:
         decomposed = {name: by_name.pop(name) for name in self.targets}
         del found, by_name
         with self.monitor.timed("svd"):
-            pairs, layers = start_layers(decomposed, expert_stacks(self.targets), self.config)
+            pairs, layers = start_layers(decomposed, self.limits, expert_stacks(self.targets), self.config)
         return PassResult(losses, pairs, layers)
 
     def _decompose_layers(self, gradients: Iterator[LayerGradient]) -> dict[str, Decomposition]:

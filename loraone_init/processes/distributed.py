@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -20,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..environment import environment_number
 from ..errors import ConfigError, LoraOneError
 from ..failures import fail, failure_text
+from .dealing import deal_out
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -82,19 +82,7 @@ class Group:
         return values  # type: ignore[return-value]
 
     def share(self, gradients: Iterable[LayerGradient]) -> Iterator[LayerGradient]:
-        waiting = sorted(gradients, key=lambda gradient: gradient.numel)  # those of a block are there in any case
-        mine, load = [], [0] * self.size
-        while waiting:
-            gradient = waiting.pop()  # the largest first: the others fill up what it leaves uneven
-            owner = min(range(self.size), key=lambda rank: (load[rank], self._owned[rank]))
-            load[owner] += gradient.numel
-            self._owned[owner] += gradient.numel
-            parts = tuple(self._sum(part, owner) for part in gradient.parts)
-            if owner == self.index:
-                mine.append(replace(gradient, parts=parts))
-            del gradient, parts
-        while mine:
-            yield mine.pop()
+        yield from deal_out(gradients, self.index, self._owned, self._sum)
 
     def _sum(self, part: torch.Tensor, owner: int) -> torch.Tensor:
         """Of all ranks; right on the owner alone."""

@@ -34,15 +34,45 @@ class Ended:
     stderr: str
 
 
+def on_ranks(size: int, work: Callable[[int, Path], None], directory: Path) -> None:
+    """work(rank, directory) in `size` processes that can make a group by torch.distributed; all have to succeed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    port = _free_port()
+    processes = [context.Process(target=_work, args=(rank, size, port, work, directory)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * size
+
+
+def _work(rank: int, size: int, port: int, work: Callable[[int, Path], None], directory: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    work(rank, directory)
+    import torch.distributed
+
+    torch.distributed.barrier()
+    os._exit(0)  # without the destructors of torch's threads
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def run_ranks(
     size: int, directory: Path, arguments: list[str], sabotage: dict[int, Sabotage] | None = None
 ) -> list[Ended]:
     """`loraone-init arguments` on `size` ranks. sabotage: called on a rank before it starts."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     processes = [
         context.Process(target=_rank, args=(rank, size, port, directory, arguments, (sabotage or {}).get(rank)))
         for rank in range(size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,18 @@ def test_trl_sft_trains_resumes_and_merges(environment, smollm2, tmp_path):
     base = load_file(smollm2 / "model.safetensors")[f"{weight}.weight"]
     merged = load_file(output / "merged" / "model.safetensors")[f"{weight}.weight"]
     assert torch.allclose(merged, base + adapter.config.scale * (B @ A), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trl_with_one_line_more(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
+    """On a tiny model, and in this process."""
+    program = ROOT / "examples" / "trl_one_line.py"
+    monkeypatch.setattr(sys, "argv", [str(program), str(tiny_model), str(tiny_data)])
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(program))
+    assert names["trainer"].state.global_step == 20
+    assert names["start"].report.loss.held_out
+    assert "before the step" in capsys.readouterr().out
 
 
 def test_quickstart_notebook_runs(environment, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import shlex
 from importlib.metadata import distribution
 
 import pytest
+import torch
 from click.testing import CliRunner
 from support.documents import COMMANDS, README, blocks, commands, made_small, parse, python_in
 from support.paths import ROOT
@@ -32,8 +33,25 @@ def test_trl_example(smollm2, tmp_path):
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_example_of_the_callback(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """It goes on from the one before, of which it has the names; here on a tiny model, and in this process."""
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    monkeypatch.chdir(tmp_path)
+    rows = load_dataset("json", data_files=str(tiny_data), split="train", cache_dir=str(tmp_path))
+    names = {"torch": torch, "SFTConfig": SFTConfig, "SFTTrainer": SFTTrainer, "base": str(tiny_model), "rows": rows}
+    assert all(re.search(rf"\b{name}\b", blocks("python")[1]) for name in names)
+    small = 'max_steps=1, use_cpu=True, report_to="none", '
+    code = blocks("python")[2].replace("max_steps=20, ", small)
+    assert small in code
+    exec(code, names)
+    assert "loraone/gamma" in names["trainer"].state.log_history[0]
+
+
 def test_there_are_no_other_python_examples():
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 @pytest.mark.parametrize("command", [line for program in COMMANDS for line in commands(program)])
