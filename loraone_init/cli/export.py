@@ -15,6 +15,7 @@ from ..errors import printable
 from ..failures import one_line_errors
 from ..version import __version__
 from .export_targets import Gguf, Merged, Mlx, Onnx, OnnxAdapter, Peft, Target
+from .run_config import config_in_use, config_option
 from .support import CONTEXT, Command, message_options, source_options, start_logging, together, under
 
 _output, _form, _base = under("Output"), under("Form"), under("Base")
@@ -50,6 +51,7 @@ def target(name: str, output_help: str = "Directory to write.") -> Callable[[Cal
 base_options = together(
     _base("--any-base", is_flag=True, help="Take a MODEL with other weights than the adapter's."),
     source_options,
+    config_option("loraone-export"),
     message_options,
 )
 """Of all targets, after their own."""
@@ -150,8 +152,12 @@ def _run(options: Target) -> None:
         start_logging(options.quiet or options.as_json, options.verbose)
         from ..adapter.inputs import check_apart
 
-        check_apart(options.output, (options.model, options.adapter))
+        check_apart(options.output, (options.model, options.adapter, config_in_use()))
         options.check()
+        from .run_record import check_record, record_file, recorded_options, write_record
+
+        file = record_file(options.output, is_file=options.writes_file())
+        check_record(file, options.overwrite)
         from loraone_init.exporters.base_model import open_base
         from loraone_init.exporters.expert_weights import separate_experts
         from loraone_init.exporters.lora_weights import read_lora
@@ -173,7 +179,9 @@ def _run(options: Target) -> None:
             raise ExportError(
                 f"{options.adapter} adapts fused experts, which {options.name} cannot hold; export merged"
             )
-        _print(options, options.write(base, lora))
+        facts = options.write(base, lora)
+        write_record(file, recorded_options(options))
+        _print(options, facts)
 
 
 def _print(options: Target, facts: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,6 +19,7 @@ from ..failures import one_line_errors
 from ..tasks import TASKS
 from ..version import __version__
 from .init_options import InitOptions
+from .run_config import config_in_use, config_option, given_in_file
 from .support import CONTEXT, Command, OrAuto, message_options, row_options, source_options, start_logging, under
 
 if TYPE_CHECKING:
@@ -134,6 +136,7 @@ _memory = under("Memory and speed")
 )
 @_output("--base-name", help="What the adapter calls its base, such as a hub id.  [default: MODEL's path or id]")
 @source_options
+@config_option("loraone-init")
 @message_options
 @click.version_option(__version__, prog_name="loraone-init")
 def main(**given: Any) -> None:
@@ -146,12 +149,9 @@ def main(**given: Any) -> None:
     \b
       loraone-init demo examples/gsm8k.jsonl -o adapters.safetensors
     """
-    options = InitOptions(**given)
+    options = _settle_ranks(InitOptions(**given))
     if options.output is None and not options.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    source = click.get_current_context().get_parameter_source("rank")
-    if options.rank_budget is not None and source is not ParameterSource.DEFAULT:
-        raise click.UsageError("--rank and --rank-budget exclude each other.")
     if options.samples != AUTO and (options.max_samples or options.sample_tolerance):
         raise click.UsageError("--max-samples and --sample-tolerance are for --samples auto.")
     if "LOCAL_RANK" in os.environ:  # torchrun: else torch adds a trace of its own to the line on a lost rank
@@ -162,8 +162,19 @@ def main(**given: Any) -> None:
         _run(processes, options)
 
 
+def _settle_ranks(options: InitOptions) -> InitOptions:
+    """Refuses --rank beside --rank-budget, unless one of them is from a file: then the one given here is meant."""
+    context = click.get_current_context()
+    source = context.get_parameter_source("rank")
+    if options.rank_budget is None or source is ParameterSource.DEFAULT:
+        return options
+    if source is context.get_parameter_source("rank_budget"):
+        raise click.UsageError("--rank and --rank-budget exclude each other.")
+    return options if given_in_file(context, "rank") else replace(options, rank_budget=None)
+
+
 def _run(processes: Processes, options: InitOptions) -> None:
-    from ..adapter.files import check_output
+    from ..adapter.files import check_output, is_single_file
     from ..adapter.inputs import check_apart
     from ..data.classification_rows import read_labels
     from ..data.rows import require_packages
@@ -173,13 +184,15 @@ def _run(processes: Processes, options: InitOptions) -> None:
     from ..machine import own_peaks, use_one_heap
     from .bars import Bars
     from .dry_run import plan, print_plan
+    from .run_record import check_record, record_file, recorded_options, without_machine, write_record
     from .summary import print_summary, summarize, warn_if_worse
 
     config, growth, wanted, max_bytes = options.config(), options.growth(), options.rows(), options.max_bytes()
     is_main, output = processes.index == 0, options.output
     if output is not None and is_main:
-        check_apart(output, (options.model, options.data))
+        check_apart(output, (options.model, options.data, config_in_use()))
         check_output(output, options.overwrite)
+        check_record(record_file(output, is_file=is_single_file(output)), options.overwrite)
     start_logging(options.quiet, options.verbose, silent=not is_main)
     require_packages(options.data)
     use_one_heap()
@@ -209,7 +222,10 @@ def _run(processes: Processes, options: InitOptions) -> None:
         if not is_main:
             return
         with monitor.timed("save"):
+            recorded = recorded_options(options, adapter.base.get("name"))
+            adapter = replace(adapter, run=without_machine(recorded))
             adapter.save(output, overwrite=options.overwrite)
+            write_record(record_file(output, is_file=is_single_file(output)), recorded)
     summary = summarize(adapter, output, monitor, peaks, opened.opened_from)
     _tell_paths(adapter, output)
     if not options.quiet or options.as_json:

@@ -15,6 +15,7 @@ from ..errors import printable
 from ..failures import one_line_errors
 from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions
 from ..version import __version__
+from .run_config import config_in_use, config_option
 from .support import CONTEXT, Command, message_options, row_options, source_options, start_logging, under
 from .train_options import TrainCommand
 
@@ -84,6 +85,7 @@ _progress = under("Progress and checkpoints")
 )
 @_progress("--report-to", default=TrainOptions.report_to, type=click.Choice(get_args(Reports)), help="Where curves go.")
 @source_options
+@config_option("loraone-train")
 @message_options
 @click.version_option(__version__, prog_name="loraone-train")
 def main(**given: Any) -> None:
@@ -113,6 +115,7 @@ def _run(options: TrainCommand) -> None:
     from ..errors import ConfigError, OutputError
     from ..models.sources import resolve_model
     from ..models.tokenizer import require_tokenizer
+    from .run_record import check_record, record_file
 
     if is_single_file(options.output):
         raise OutputError(f"{options.output}: a training writes a directory, with checkpoints; leave .safetensors out")
@@ -124,8 +127,9 @@ def _run(options: TrainCommand) -> None:
     for needed in filter(None, (options.data, options.eval_data)):
         data_rows.require_packages(needed)
     if is_main:  # the others would find what this one writes
-        check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data))
+        check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data, config_in_use()))
         _check_output(options.output, options.overwrite, options.resume)
+        check_record(record_file(options.output, is_file=False), options.overwrite or options.resume)
     start = load_to_train(options.adapter)
     if isinstance(start, PlainAdapter):
         logger.info(
@@ -157,7 +161,7 @@ def _run(options: TrainCommand) -> None:
         trust_remote_code=trust,
     )
     if is_main:
-        _finish(outcome, options.output, options.as_json)
+        _finish(outcome, options)
 
 
 def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
@@ -179,10 +183,13 @@ def _load(data: str, tokenizer: Any, rows: DataOptions, token: str | None) -> Sa
     return load_sample(data, tokenizer, rows, token=token)
 
 
-def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
+def _finish(outcome: Outcome, options: TrainCommand) -> None:
     """Write the adapter, unless the training is to be resumed, and say so."""
     from ..atomic import atomic_file
     from ..errors import LoraOneError
+    from .run_record import record_file, recorded_options, write_record
+
+    output = options.output
 
     if outcome.interrupted:
         raise LoraOneError(
@@ -192,8 +199,9 @@ def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
     outcome.adapter.save(output, overwrite=True)
     with atomic_file(output / "training_log.json") as temporary:
         temporary.write_text(json.dumps(outcome.log, indent=2) + "\n", encoding="utf-8")
+    write_record(record_file(output, is_file=False), recorded_options(options, outcome.adapter.base["name"]))
     result = {"output": str(output), **(outcome.adapter.training or {})}
-    if as_json:
+    if options.as_json:
         click.echo(json.dumps(result, indent=2))
         return
     losses = (

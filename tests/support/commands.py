@@ -21,7 +21,7 @@ def content(directory: Path) -> dict[str, bytes | None]:
 
 def beside_placement(stderr: str) -> str:
     """What was said but for where the weights are, and that the adapter names paths of this machine."""
-    said = ("Placement: ", "The adapter names its ", "Warning: The adapter names its base by a path ")
+    said = ("Placement: ", "The adapter names its ", "Warning: The adapter names its ")
     return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith(said))
 
 
