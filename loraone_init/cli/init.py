@@ -19,7 +19,8 @@ from ..failures import one_line_errors
 from ..tasks import TASKS
 from ..version import __version__
 from .init_options import InitOptions
-from .run_config import config_in_use, config_option, given_in_file
+from .recipe import recipe_option
+from .run_config import DataArgument, config_in_use, config_option, given_in_file
 from .support import CONTEXT, Command, OrAuto, message_options, row_options, source_options, start_logging, under
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ _memory = under("Memory and speed")
 
 @click.command("loraone-init", cls=Command, context_settings=CONTEXT)
 @click.argument("model")
-@click.argument("data")
+@click.argument("data", cls=DataArgument)
 @_output(
     "-o",
     "--output",
@@ -137,6 +138,7 @@ _memory = under("Memory and speed")
 @_output("--base-name", help="What the adapter calls its base, such as a hub id.  [default: MODEL's path or id]")
 @source_options
 @config_option("loraone-init")
+@recipe_option
 @message_options
 @click.version_option(__version__, prog_name="loraone-init")
 def main(**given: Any) -> None:

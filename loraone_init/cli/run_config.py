@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ..errors import ConfigError, describe
 from ..failures import fail
@@ -44,7 +45,7 @@ class Entry:
 def config_option(name: str) -> Callable[[_Function], _Function]:
     """The option --config of a command."""
     adapter = ", or an adapter of loraone-init, whose options are taken" if name == "loraone-init" else ""
-    return under("Messages")(
+    return under("Options from files")(
         "--config",
         type=click.Path(path_type=Path),
         is_eager=True,  # before all options that it gives
@@ -196,9 +197,22 @@ def _normal(key: str) -> str:
     return key.strip().replace("_", "-")
 
 
+class DataArgument(click.Argument):
+    """DATA, after MODEL. Where a file or recipe gives MODEL but not DATA, one argument alone is DATA."""
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        given = ctx.default_map or {}
+        alone = source is ParameterSource.DEFAULT and ctx.get_parameter_source("model") is ParameterSource.COMMANDLINE
+        if not alone or "model" not in given:
+            return value, source
+        value, ctx.params["model"] = ctx.params["model"], given["model"]
+        return value, ParameterSource.COMMANDLINE
+
+
 def given_in_file(context: click.Context, name: str) -> bool:
     """Whether a parameter's value is from the file."""
-    return context.get_parameter_source(name) is click.core.ParameterSource.DEFAULT_MAP
+    return context.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
 
 def keys_of(command: click.Command, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from ..errors import printable
 from ..failures import one_line_errors
 from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions
 from ..version import __version__
-from .run_config import config_in_use, config_option
+from .run_config import DataArgument, config_in_use, config_option
 from .support import CONTEXT, Command, message_options, row_options, source_options, start_logging, under
 from .train_options import TrainCommand
 
@@ -34,7 +34,7 @@ _progress = under("Progress and checkpoints")
 
 @click.command("loraone-train", cls=Command, context_settings=CONTEXT)
 @click.argument("model")
-@click.argument("data")
+@click.argument("data", cls=DataArgument)
 @_files("--adapter", required=True, type=click.Path(path_type=Path), help="What loraone-init or PEFT wrote.")
 @_files("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the result.")
 @_files("--resume", is_flag=True, help="Go on from the last whole checkpoint in the output.")
