@@ -19,9 +19,20 @@ from ..failures import one_line_errors
 from ..tasks import TASKS
 from ..version import __version__
 from .init_options import InitOptions
+from .publishing import check_private, check_push, push
 from .recipe import recipe_option
 from .run_config import DataArgument, config_in_use, config_option, given_in_file
-from .support import CONTEXT, Command, OrAuto, message_options, row_options, source_options, start_logging, under
+from .support import (
+    CONTEXT,
+    Command,
+    OrAuto,
+    message_options,
+    push_options,
+    row_options,
+    source_options,
+    start_logging,
+    under,
+)
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -136,6 +147,8 @@ _memory = under("Memory and speed")
     help="Their tokens, at most.  [default: 512 on a CPU, 8192 on a GPU]",
 )
 @_output("--base-name", help="What the adapter calls its base, such as a hub id.  [default: MODEL's path or id]")
+@_output("--license", help="Licence of the adapter for its model card, as the hub spells it: apache-2.0, mit …")
+@push_options
 @source_options
 @config_option("loraone-init")
 @recipe_option
@@ -156,6 +169,7 @@ def main(**given: Any) -> None:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if options.samples != AUTO and (options.max_samples or options.sample_tolerance):
         raise click.UsageError("--max-samples and --sample-tolerance are for --samples auto.")
+    check_private(options)
     if "LOCAL_RANK" in os.environ:  # torchrun: else torch adds a trace of its own to the line on a lost rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..processes.processes import joined
@@ -196,6 +210,7 @@ def _run(processes: Processes, options: InitOptions) -> None:
         check_output(output, options.overwrite)
         check_record(record_file(output, is_file=is_single_file(output)), options.overwrite)
     start_logging(options.quiet, options.verbose, silent=not is_main)
+    repository = check_push(options) if is_main else None
     require_packages(options.data)
     use_one_heap()
     with Bars(shown=is_main and not (options.quiet or options.as_json)) as monitor:
@@ -228,7 +243,9 @@ def _run(processes: Processes, options: InitOptions) -> None:
             adapter = replace(adapter, run=without_machine(recorded))
             adapter.save(output, overwrite=options.overwrite)
             write_record(record_file(output, is_file=is_single_file(output)), recorded)
+    published = None if repository is None else push(repository, adapter, recorded, output)
     summary = summarize(adapter, output, monitor, peaks, opened.opened_from)
+    summary["published"] = published
     _tell_paths(adapter, output)
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)

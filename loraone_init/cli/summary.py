@@ -119,6 +119,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
         ("peak memory", _describe_peak(summary)),
         ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
+        *([("published", summary["published"])] if summary.get("published") else []),
     ]
     odd = summary["layers_not_spectral"]
     if odd:

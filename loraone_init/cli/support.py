@@ -130,6 +130,12 @@ source_options = together(
 )
 """How the hub is asked."""
 
+push_options = together(
+    _hub("--push-to-hub", metavar="ORG/NAME", help="Upload the adapter with its card, when it is written."),
+    _hub("--private", is_flag=True, help="Make that repository a private one."),
+)
+"""Where the result is published."""
+
 _json = _messages("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 _quiet = _messages("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")
 _verbose = _messages("-v", "--verbose", is_flag=True, help="Print the libraries' messages too, and tracebacks.")

@@ -15,11 +15,13 @@ from ..errors import printable
 from ..failures import one_line_errors
 from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions
 from ..version import __version__
+from .publishing import check_private, check_push, push
 from .run_config import DataArgument, config_in_use, config_option
-from .support import CONTEXT, Command, message_options, row_options, source_options, start_logging, under
+from .support import CONTEXT, Command, message_options, push_options, row_options, source_options, start_logging, under
 from .train_options import TrainCommand
 
 if TYPE_CHECKING:
+    from ..adapter.hub import Repository
     from ..data.sample import Sample
     from ..training.trainer import Outcome
 
@@ -84,6 +86,7 @@ _progress = under("Progress and checkpoints")
     help="Steps between two checkpoints.",
 )
 @_progress("--report-to", default=TrainOptions.report_to, type=click.Choice(get_args(Reports)), help="Where curves go.")
+@push_options
 @source_options
 @config_option("loraone-train")
 @message_options
@@ -101,6 +104,7 @@ def main(**given: Any) -> None:
         --adapter adapters.safetensors -o trained
     """
     options = TrainCommand(**given)
+    check_private(options)
     with one_line_errors(options.verbose):
         _run(options)
 
@@ -130,6 +134,7 @@ def _run(options: TrainCommand) -> None:
         check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data, config_in_use()))
         _check_output(options.output, options.overwrite, options.resume)
         check_record(record_file(options.output, is_file=False), options.overwrite or options.resume)
+    repository = check_push(options) if is_main else None
     start = load_to_train(options.adapter)
     if isinstance(start, PlainAdapter):
         logger.info(
@@ -161,7 +166,7 @@ def _run(options: TrainCommand) -> None:
         trust_remote_code=trust,
     )
     if is_main:
-        _finish(outcome, options)
+        _finish(outcome, options, repository)
 
 
 def _check_output(output: Path, overwrite: bool, resume: bool) -> None:
@@ -183,7 +188,7 @@ def _load(data: str, tokenizer: Any, rows: DataOptions, token: str | None) -> Sa
     return load_sample(data, tokenizer, rows, token=token)
 
 
-def _finish(outcome: Outcome, options: TrainCommand) -> None:
+def _finish(outcome: Outcome, options: TrainCommand, repository: Repository | None) -> None:
     """Write the adapter, unless the training is to be resumed, and say so."""
     from ..atomic import atomic_file
     from ..errors import LoraOneError
@@ -199,8 +204,10 @@ def _finish(outcome: Outcome, options: TrainCommand) -> None:
     outcome.adapter.save(output, overwrite=True)
     with atomic_file(output / "training_log.json") as temporary:
         temporary.write_text(json.dumps(outcome.log, indent=2) + "\n", encoding="utf-8")
-    write_record(record_file(output, is_file=False), recorded_options(options, outcome.adapter.base["name"]))
-    result = {"output": str(output), **(outcome.adapter.training or {})}
+    recorded = recorded_options(options, outcome.adapter.base["name"])
+    write_record(record_file(output, is_file=False), recorded)
+    published = None if repository is None else push(repository, outcome.adapter, recorded, output)
+    result = {"output": str(output), "published": published, **(outcome.adapter.training or {})}
     if options.as_json:
         click.echo(json.dumps(result, indent=2))
         return
@@ -209,7 +216,8 @@ def _finish(outcome: Outcome, options: TrainCommand) -> None:
     )
     if result["first_eval_loss"] is not None:
         losses += f", evaluation {result['first_eval_loss']:.4f} → {result['last_eval_loss']:.4f}"
-    click.echo(printable(f"{outcome.steps} steps, {losses}; written: {output}"))
+    places = f"{output}" if published is None else f"{output}, published: {published}"
+    click.echo(printable(f"{outcome.steps} steps, {losses}; written: {places}"))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ class TrainCommand:
     save_steps: int
     report_to: Reports
     resume: bool
+    push_to_hub: str | None
+    private: bool
     revision: str | None
     token: str | None
     trust_remote_code: bool
