@@ -22,6 +22,11 @@ from ..monitor import Monitor
 from ..terminal import print_facts
 from .trainer_lines import lines_for_trainers
 
+_RATES = """\
+As for rsLoRA, and higher than PiSSA and LoRA-GA want: on SmolLM2-135M the best of
+LoRA-One and rsLoRA was 2e-3. loraone-train --learning-rate auto tries some."""
+"""From docs/results.md."""
+
 
 def summarize(
     adapter: Adapter, output: Path, monitor: Monitor, processes: Sequence[Peaks], opened_from: str | None = None
@@ -130,6 +135,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     for trainer, lines in summary["trainers"].items():
         console.print(f"\n[bold]{trainer}[/bold]")
         console.print(printable(lines), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]Learning rate[/bold]\n{_RATES}", highlight=False, soft_wrap=True)
 
 
 def _describe_ranks(summary: Mapping[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,7 +19,17 @@ from ..training.options import Device, OptimizerName, Precision, Reports, Schedu
 from ..version import __version__
 from .publishing import check_private, check_push, push
 from .run_config import DataArgument, config_in_use, config_option
-from .support import CONTEXT, Command, message_options, push_options, row_options, source_options, start_logging, under
+from .support import (
+    CONTEXT,
+    Command,
+    OrAuto,
+    message_options,
+    push_options,
+    row_options,
+    source_options,
+    start_logging,
+    under,
+)
 from .train_options import TrainCommand
 
 if TYPE_CHECKING:
@@ -43,7 +55,13 @@ _progress = under("Progress and checkpoints")
 @_files("--overwrite", is_flag=True, help="Write into an output that exists.")
 @_step("--epochs", default=TrainOptions.epochs, help="Times to go through the data.")
 @_step("--max-steps", type=click.IntRange(min=1), help="Steps to take, whatever --epochs says.")
-@_step("--learning-rate", default=TrainOptions.learning_rate, help="At its highest.")
+@_step(
+    "--learning-rate",
+    default=TrainOptions.learning_rate,
+    type=OrAuto(click.FLOAT),
+    metavar="X|auto",
+    help="At its highest; auto: the best of a few that are tried for 20 steps each, on rows held out.",
+)
 @_step("--schedule", default=TrainOptions.schedule, type=click.Choice(get_args(Schedule)), help="Its course.")
 @_step("--warmup", default=TrainOptions.warmup, help="Steps, or a share of all below 1, in which it rises from 0.")
 @_step("--batch-size", default=TrainOptions.batch_size, type=click.IntRange(min=1), help="Rows in each process.")
@@ -155,16 +173,17 @@ def _run(options: TrainCommand) -> None:
         evaluation = _load(options.eval_data or options.data, tokenizer, evaluated, options.token)
     if is_main and not options.resume:  # --overwrite has been said
         remove(own_checkpoints(options.output))
-    outcome = train(
-        source,
-        start,
-        data,
-        options.output,
-        settings,
-        evaluation=evaluation,
-        resume=options.resume,
-        trust_remote_code=trust,
-    )
+    with redirect_stdout(sys.stderr):  # trackio prints, and standard output is for the result
+        outcome = train(
+            source,
+            start,
+            data,
+            options.output,
+            settings,
+            evaluation=evaluation,
+            resume=options.resume,
+            trust_remote_code=trust,
+        )
     if is_main:
         _finish(outcome, options, repository)
 

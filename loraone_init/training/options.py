@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..config import AUTO, Auto
 from ..errors import ConfigError
 from ..ranges import check_range
 
 OptimizerName = Literal["preconditioned", "adamw"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Reports = Literal["none", "tensorboard"]
+Reports = Literal["none", "tensorboard", "trackio", "wandb"]
 Device = Literal["auto", "cpu"]
 
 _NUMBERS = (
@@ -26,6 +27,7 @@ class TrainOptions:
 
     max_steps:   steps to take; None for `epochs` through the data.
     warmup:      steps, or a share of all below 1, in which the learning rate rises from 0.
+    learning_rate: at its highest; "auto": the one with the lowest loss after a few steps, found by a search (`rates`).
     batch_size:  rows on each process; a step takes batch_size · accumulation · processes rows.
     precision:   of the base model and the computation; factors and moments are fp32 in any case.
     """
@@ -33,7 +35,7 @@ class TrainOptions:
     optimizer: OptimizerName = "preconditioned"
     epochs: float = 1.0
     max_steps: int | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float | Auto = 2e-4
     schedule: Schedule = "linear"
     warmup: float = 0.0
     batch_size: int = 8
@@ -54,7 +56,8 @@ class TrainOptions:
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
         for name in _NUMBERS:
-            check_range(name, getattr(self, name))
+            if name != "learning_rate" or self.learning_rate != AUTO:
+                check_range(name, getattr(self, name))
         for name in ("max_steps", "damping"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name))
