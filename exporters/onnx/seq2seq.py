@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .calls import filled_cache, layer_states
-from .layout import GRAPH
+from .layout import GRAPH, in_dtype
+from .options import DType
 from .parity import NUM_TOKENS, Comparison, Reference, difference, sample_rows
 from .session import Array, Session, next_cache
 from .stitch import Axes
@@ -152,9 +153,9 @@ def _decoder_tokens(vocabulary: int) -> Array:
     return np.random.default_rng(1).integers(0, vocabulary, (1, _DECODER_TOKENS))
 
 
-def compare_seq2seq(directory: Path, reference: Reference) -> Comparison:
+def compare_seq2seq(directory: Path, reference: Reference, dtype: DType = "fp32") -> Comparison:
     """Logits of single rows at once and token by token, and of a batch with encoder rows padded; greedy tokens."""
-    encoder, decoder = Session(directory / ENCODER), Session(directory / DECODER)
+    encoder, decoder = (Session(directory / in_dtype(path, dtype)) for path in (ENCODER, DECODER))
     tokens = _decoder_tokens(reference.outputs[0].shape[-1])
     whole, single = [0, _DECODER_TOKENS], [0, 2, *range(3, _DECODER_TOKENS + 1)]
     rows = [_answer(encoder, decoder, [row], tokens, whole)[0] for row in reference.rows]

@@ -16,7 +16,7 @@ from ..failures import one_line_errors
 from ..version import __version__
 from .export_targets import Gguf, Merged, Mlx, Onnx, OnnxAdapter, Peft, Target
 from .run_config import config_in_use, config_option
-from .support import CONTEXT, Command, message_options, source_options, start_logging, together, under
+from .support import CONTEXT, Command, OneOrSeveral, message_options, source_options, start_logging, together, under
 
 _output, _form, _base = under("Output"), under("Form"), under("Base")
 
@@ -108,8 +108,8 @@ def gguf(**given: Any) -> None:
 @_form(
     "--dtype",
     default=OnnxOptions.dtype,
-    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
-    help="Of the weights; int8 and int4 by ONNX Runtime's quantizers.",
+    type=OneOrSeveral(["fp32", "fp16", "bf16", "int8", "int4"]),
+    help="Of the weights; int8 and int4 by ONNX Runtime's quantizers. Several with commas: a graph of each.",
 )
 @_form("--engine", default=OnnxOptions.engine, type=click.Choice(["torch", "genai"]), help="What writes the graph.")
 @_form("--opset", default=OnnxOptions.opset, type=int, help="Version of ONNX's operators, for --engine torch.")
@@ -123,7 +123,8 @@ def gguf(**given: Any) -> None:
 def onnx(**given: Any) -> None:
     """The merged model as a folder for ONNX Runtime, compared with PyTorch before it is kept.
 
-    Graph and weights are onnx/model.onnx and onnx/model.onnx_data; parity.json tells the differences.
+    Graph and weights are onnx/model.onnx and onnx/model.onnx_data, in fewer bits onnx/model_q4.onnx and the like;
+    parity.json tells the differences.
     """
     _run(Onnx(**given))
 

@@ -127,7 +127,7 @@ class Onnx(Target):
 
     engine: Literal["torch", "genai"]
     task: Literal["auto", "text-generation", "feature-extraction", "text-classification", "seq2seq"]
-    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"]
+    dtype: str | tuple[str, ...]
     opset: int
     atol: float | None
 

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -96,6 +96,24 @@ class OrAuto(_ParamType):
             return self._number.convert(value, param, ctx)
         except click.BadParameter as error:
             self.fail(f"{error.message.rstrip('.')}, nor the word auto.", param, ctx)
+
+
+class OneOrSeveral(_ParamType):
+    """One of some words, or several of them separated by commas: then a tuple."""
+
+    name = "word or words"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._word = click.Choice(words)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self._word.choices)}],…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(self._word.convert(word.strip(), param, ctx) for word in str(value).split(","))
+        return words[0] if len(words) == 1 else words
 
 
 def together(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:

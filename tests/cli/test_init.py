@@ -129,6 +129,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
             "peak_memory_bytes",
             "peak_device_memory_bytes",
             "trainers",
+            "published",
         ),
     }
     assert (found["output"], found["output_bytes"]) == (str(output), output.stat().st_size)
