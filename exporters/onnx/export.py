@@ -18,6 +18,7 @@ import torch
 
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ConfigError, ExportError
+from loraone_init.layers.experts import is_fused_experts, is_other_experts
 
 from ..base_model import AUTO_CLASSES, BaseModel
 from ..companions import copy_companions
@@ -50,6 +51,8 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
     """
     if options.engine == "genai":
         check_builder((base.config.architectures or [type(base.module).__name__])[0])
+    else:
+        refuse_experts(base)
     with atomic_directory(output) as directory:
         with tempfile.TemporaryDirectory(prefix=".merged.", dir=directory) as merged:
             write_merged(base, lora, Path(merged), "fp32")
@@ -130,6 +133,16 @@ def _task(base: BaseModel) -> OnnxTask:
         if AUTO_CLASSES[task.task_type] == base.auto_class:
             return task
     raise ExportError(f"models of {base.auto_class} are not exported to ONNX; the tasks are {', '.join(TASKS)}")
+
+
+def refuse_experts(base: BaseModel) -> None:
+    """Raise ExportError for a mixture of experts: its products, grouped by expert, are no operator of ONNX."""
+    for name, module in base.module.named_modules():
+        if is_fused_experts(module) or is_other_experts(module):
+            raise ExportError(
+                f"{name} holds experts, whose products torch does not bring to ONNX; take --engine genai, which knows"
+                " some architectures by name"
+            )
 
 
 def open_model(directory: Path, base: BaseModel) -> PreTrainedModel:

@@ -86,9 +86,11 @@ def read_entries(path: Path) -> list[Entry]:
             return _entries_of_adapter(path)
         if path.is_dir():
             raise ConfigError(f"{path} is a directory; name the YAML file in it")
-        if path.stat().st_size > _MAX_BYTES:
+        with open(path, "rb") as file:  # which may be a pipe, and have no size
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
             raise ConfigError(f"{path} has more than {_MAX_BYTES // 2**20} MiB; a configuration has a few lines")
-        return parse_entries(path.read_text(encoding="utf-8-sig"), str(path))
+        return parse_entries(content.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no YAML file: byte {error.start + 1} is not UTF-8") from error
     except OSError as error:

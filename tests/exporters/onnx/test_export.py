@@ -16,7 +16,7 @@ from click.testing import Result
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.causal import VOCABULARY, make_model, make_word_tokenizer
 from support.commands import content, error_line
-from support.exports import export, save_base, save_peft
+from support.exports import export, make_moe, save_base, save_peft
 from support.onnx_runs import empty_caches, onnx_tokens, open_graph, pytorch_tokens, run
 from transformers import (
     AutoModel,
@@ -291,3 +291,14 @@ def test_smollm2_gives_pytorchs_tokens(smollm2: Path, tmp_path: Path) -> None:
     assert export("onnx", smollm2, tmp_path / "adapter", "-o", tmp_path / "out").exit_code == 0
     assert onnx_tokens(tmp_path / "out", prompt, 40) == pytorch_tokens(smollm2, tmp_path / "adapter", prompt, 40)
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnx-adapter"])
+def test_experts_are_refused_before_anything_is_merged(target: str, tmp_path: Path) -> None:
+    model = make_moe("qwen3_moe")
+    model.save_pretrained(tmp_path / "base")
+    save_peft(tmp_path / "adapter", model, target_modules=["q_proj"])
+    result = export(target, tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
+    assert "model.layers.0.mlp.experts holds experts" in error_line(result.stderr)
+    assert "take --engine genai" in result.stderr
+    assert not (tmp_path / "out").exists()
