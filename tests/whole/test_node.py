@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from support.architectures import make_seq2seq
+from support.causal import make_word_tokenizer
 from support.documents import blocks
 from support.exports import export
 from support.onnx_runs import PROMPT, onnx_tokens, pytorch_tokens
@@ -90,3 +93,41 @@ def test_transformers_js_runs_the_page(tiny_model: Path, initialised: Path, tmp_
         assert done.returncode == 0, done.stderr
         tokens = prompt + onnx_tokens(tmp_path / "folder", prompt, 20, graph)
         assert done.stdout.strip() == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+SEQ2SEQ = """
+import { AutoModelForSeq2SeqLM, Tensor, env } from "@huggingface/transformers";
+
+env.allowRemoteModels = false;
+env.localModelPath = process.argv[2];
+const prompt = process.argv.slice(3).map(BigInt);
+const model = await AutoModelForSeq2SeqLM.from_pretrained("folder", {});
+const int64 = (values) => new Tensor("int64", BigInt64Array.from(values), [1, values.length]);
+const given = { inputs: int64(prompt), attention_mask: int64(prompt.map(() => 1n)) };
+const made = await model.generate({ ...given, max_new_tokens: 8, do_sample: false });
+console.log(JSON.stringify(made.tolist()[0].map(Number)));
+"""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_transformers_js_runs_encoder_decoders(tmp_path: Path) -> None:
+    link_modules(tmp_path, "@huggingface/transformers")
+    base, adapter, prompt = tmp_path / "base", tmp_path / "adapter", [5, 17, 40, 3]
+    model = make_seq2seq("t5", torch.float32)
+    model.save_pretrained(base)
+    make_word_tokenizer().save_pretrained(base)
+    torch.manual_seed(3)
+    config = LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules=["q", "v"], init_lora_weights=False)
+    peft = get_peft_model(model, config)
+    peft.save_pretrained(adapter)
+    exported = export("onnx", base, adapter, "-o", tmp_path / "folder")
+    assert exported.exit_code == 0, exported.output
+    tokens = [0]
+    for _ in range(8):
+        logits = peft(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([tokens])).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    (tmp_path / "seq2seq.mjs").write_text(SEQ2SEQ, encoding="utf-8")
+    done = node(tmp_path / "seq2seq.mjs", tmp_path, *prompt)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == tokens
