@@ -141,7 +141,8 @@ def open_onnxruntime(folder: Path, threads: int) -> Run:
     """A loop over the session, caches handed on without a copy."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, threads
-    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    (graph,) = folder.glob("onnx/model*.onnx")
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = [value.name for value in session.get_outputs()]
     value_of = onnxruntime.OrtValue.ortvalue_from_numpy

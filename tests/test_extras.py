@@ -55,7 +55,11 @@ def test_init_asks_before_the_model_is_opened(
 
 @pytest.mark.parametrize(
     ("options", "package"),
-    [((), "peft"), (("--report-to", "tensorboard"), "tensorboard"), (("--eval-data", "e.parquet"), "pyarrow")],
+    [
+        ((), "peft"),
+        *((("--report-to", name), name) for name in ("tensorboard", "trackio", "wandb")),
+        (("--eval-data", "e.parquet"), "pyarrow"),
+    ],
 )
 def test_train_asks_before_the_adapter_is_read(
     options: tuple[str, ...], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

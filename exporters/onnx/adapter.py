@@ -32,7 +32,7 @@ from ..companions import copy_companions
 from ..lora_weights import LoraWeights
 from ..packages import ONNX_ADAPTER
 from .causal import causal_lm, causal_reference, compare_causal
-from .export import PARITY, open_model, sample_prompt
+from .export import PARITY, open_model, refuse_experts, sample_prompt
 from .genai_config import write_genai_config
 from .layout import GRAPH
 from .options import ATOL, OnnxOptions
@@ -58,6 +58,7 @@ def export_adapter_folder(base: BaseModel, lora: LoraWeights, output: Path, opti
     Raises ExportError where torch cannot export the model, or where ONNX Runtime's outputs are not near PyTorch's.
     """
     _check(base, lora)
+    refuse_experts(base)
     name = f"{lora.path.stem}{ONNX_ADAPTER}"
     with atomic_directory(output) as directory:
         copy_companions(base.source.directory, directory)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from loraone_init.errors import ExportError
 
 from .calls import filled_cache, layer_states
-from .layout import GRAPH
+from .layout import GRAPH, in_dtype
+from .options import DType
 from .parity import NUM_TOKENS, Comparison, Reference, difference, sample_rows
 from .session import Array, Session, causal_inputs, greedy, next_cache
 from .stitch import Axes
@@ -118,13 +119,13 @@ def causal_reference(model: PreTrainedModel, prompt: Sequence[int], num_tokens: 
 
 
 def compare_causal(
-    directory: Path, reference: Reference, *, side: Side = "left", adapter: Path | None = None
+    directory: Path, reference: Reference, dtype: DType = "fp32", *, side: Side = "left", adapter: Path | None = None
 ) -> Comparison:
     """Logits in prefill, in cached decoding, and in a batch that is padded on one side; and greedy tokens.
 
     adapter: an .onnx_adapter file for a graph that takes one.
     """
-    session = Session(directory / GRAPH, adapter)
+    session = Session(directory / in_dtype(GRAPH, dtype), adapter)
     compared = {
         "prefill": difference([_prefill(session, row) for row in reference.rows], reference.outputs),
         "cached decoding": difference([_decode(session, row) for row in reference.rows], reference.outputs),

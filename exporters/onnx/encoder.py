@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .layout import GRAPH
+from .layout import GRAPH, in_dtype
+from .options import DType
 from .parity import Comparison, Reference, difference, sample_rows
 from .session import Array, Session
 from .stitch import Axes
@@ -76,9 +77,9 @@ def encoder_reference(model: PreTrainedModel, output: str) -> Reference:
     return Reference(rows, outputs, padding=getattr(model.config, "pad_token_id", None) or 0)
 
 
-def compare_encoder(directory: Path, reference: Reference) -> Comparison:
+def compare_encoder(directory: Path, reference: Reference, dtype: DType = "fp32") -> Comparison:
     """Differences of the output for single rows, and for a batch that is padded on the right."""
-    session = Session(directory / GRAPH)
+    session = Session(directory / in_dtype(GRAPH, dtype))
     (output,) = session.outputs
     alone = [session.run(_inputs([row], 0))[output][0] for row in reference.rows]
     batch = session.run(_inputs(reference.rows, reference.padding))[output]

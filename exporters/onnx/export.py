@@ -18,6 +18,7 @@ import torch
 
 from loraone_init.atomic import atomic_directory
 from loraone_init.errors import ConfigError, ExportError
+from loraone_init.layers.experts import is_fused_experts, is_other_experts
 
 from ..base_model import AUTO_CLASSES, BaseModel
 from ..companions import copy_companions
@@ -26,8 +27,9 @@ from ..merged import write_merged
 from .causal import compare_causal
 from .genai import build_genai, check_builder
 from .genai_config import write_genai_config
-from .options import ATOL, OnnxOptions
-from .parity import check
+from .layout import GRAPH, data_file, in_dtype, tell_transformers_js
+from .options import ATOL, DType, OnnxOptions
+from .parity import Reference, check
 from .quantize import quantize
 from .stitch import save_graph
 from .tasks import TASKS, OnnxTask
@@ -49,6 +51,8 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
     """
     if options.engine == "genai":
         check_builder((base.config.architectures or [type(base.module).__name__])[0])
+    else:
+        refuse_experts(base)
     with atomic_directory(output) as directory:
         with tempfile.TemporaryDirectory(prefix=".merged.", dir=directory) as merged:
             write_merged(base, lora, Path(merged), "fp32")
@@ -56,8 +60,16 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
             parity = _write_graphs(Path(merged), directory, base, options)
         (directory / PARITY).write_text(json.dumps(parity, indent=2) + "\n", encoding="utf-8")
         num_bytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    largest = max(found["max_abs"] for found in parity["differences"].values())
-    return {"engine": options.engine, "dtype": options.dtype, "difference": f"{largest:.2g}", "bytes": num_bytes}
+    largest = {
+        dtype: max(found["max_abs"] for found in graph["differences"].values())
+        for dtype, graph in parity["graphs"].items()
+    }
+    return {
+        "engine": options.engine,
+        "dtype": ", ".join(largest),
+        "difference": ", ".join(f"{found:.2g}" for found in largest.values()),
+        "bytes": num_bytes,
+    }
 
 
 def _write_graphs(merged: Path, directory: Path, base: BaseModel, options: OnnxOptions) -> dict[str, Any]:
@@ -74,31 +86,45 @@ def _write_graphs(merged: Path, directory: Path, base: BaseModel, options: OnnxO
     del model
     _build(merged, directory, task, options)
     logger.info("Comparing with ONNX Runtime's outputs")
+    graphs = {dtype: _compared(directory, task, reference, dtype, options) for dtype in options.dtypes}
+    versions = {name: version(name) for name in ("torch", "transformers", "onnxruntime")}
+    return {"engine": options.engine, "graphs": graphs, "versions": versions}
+
+
+def _compared(
+    directory: Path, task: OnnxTask, reference: Reference, dtype: DType, options: OnnxOptions
+) -> dict[str, Any]:
+    """What parity.json says of the graphs of one dtype. Raises ExportError where they are not near the reference."""
     compare = task.compare if options.engine == "torch" else partial(compare_causal, side="right")
-    comparison = compare(directory, reference)
-    atol = ATOL.get(options.dtype) if options.atol is None else options.atol
-    check(comparison, reference, atol, same_tokens=options.atol is None and options.dtype in ATOL)
+    comparison = compare(directory, reference, dtype)
+    atol = ATOL.get(dtype) if options.atol is None else options.atol
+    check(comparison, reference, atol, same_tokens=options.atol is None and dtype in ATOL)
     generated = {"prompt": reference.prompt, "pytorch": reference.tokens, "onnxruntime": comparison.tokens}
     return {
-        "engine": options.engine,
-        "dtype": options.dtype,
         "atol": atol,
         "differences": {name: asdict(found) for name, found in comparison.differences.items()},
         "greedy_tokens": None if comparison.tokens is None else generated,
-        "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},
     }
 
 
 def _build(merged: Path, directory: Path, task: OnnxTask, options: OnnxOptions) -> None:
     """Have onnxruntime-genai's builder write the graph, or quantize those that are there and say how they are run."""
+    dtypes = options.dtypes
     if options.engine == "genai":
-        build_genai(merged, directory, options.dtype)
+        build_genai(merged, directory, dtypes[0])
+        tell_transformers_js(directory, [in_dtype(GRAPH, dtypes[0])], dtypes[0])
         return
-    if options.dtype != "fp32":
-        for path in task.graphs:
-            quantize(directory / path, options.dtype)
+    for path in task.graphs:
+        graph = directory / path
+        for dtype in dtypes:
+            if dtype != "fp32":
+                quantize(graph, dtype, directory / in_dtype(path, dtype))
+        if "fp32" not in dtypes:
+            graph.unlink()
+            data_file(graph).unlink(missing_ok=True)
     if task.task_type == "CAUSAL_LM":
-        write_genai_config(merged, directory)
+        write_genai_config(merged, directory, dtypes[0])
+    tell_transformers_js(directory, [in_dtype(path, dtype) for path in task.graphs for dtype in dtypes], dtypes[0])
 
 
 def _task(base: BaseModel) -> OnnxTask:
@@ -107,6 +133,16 @@ def _task(base: BaseModel) -> OnnxTask:
         if AUTO_CLASSES[task.task_type] == base.auto_class:
             return task
     raise ExportError(f"models of {base.auto_class} are not exported to ONNX; the tasks are {', '.join(TASKS)}")
+
+
+def refuse_experts(base: BaseModel) -> None:
+    """Raise ExportError for a mixture of experts: its products, grouped by expert, are no operator of ONNX."""
+    for name, module in base.module.named_modules():
+        if is_fused_experts(module) or is_other_experts(module):
+            raise ExportError(
+                f"{name} holds experts, whose products torch does not bring to ONNX; take --engine genai, which knows"
+                " some architectures by name"
+            )
 
 
 def open_model(directory: Path, base: BaseModel) -> PreTrainedModel:

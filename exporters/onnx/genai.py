@@ -20,7 +20,7 @@ import onnx
 
 from loraone_init.errors import ExportError
 
-from .layout import GENAI_CONFIG, GRAPH, move_graph
+from .layout import GENAI_CONFIG, GRAPH, in_dtype, move_graph
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,12 @@ def build_genai(merged: Path, out: Path, dtype: GenaiDType) -> None:
     check_builder(_architecture(merged))
     with tempfile.TemporaryDirectory(prefix=".builder.", dir=out.absolute()) as directory:
         _run_builder(merged, Path(directory), dtype)
-        move_graph(Path(directory, "model.onnx"), out / GRAPH)
+        graph = in_dtype(GRAPH, dtype)
+        move_graph(Path(directory, "model.onnx"), out / graph)
         config = json.loads(Path(directory, GENAI_CONFIG).read_text(encoding="utf-8"))
     decoder = config["model"]["decoder"]
-    _state_head_size(out / GRAPH, decoder["head_size"])
-    decoder["filename"] = GRAPH.as_posix()
+    _state_head_size(out / graph, decoder["head_size"])
+    decoder["filename"] = graph.as_posix()
     decoder["session_options"]["provider_options"] = []  # which device to run on is for who runs it
     (out / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -17,7 +17,8 @@ import onnx
 
 from loraone_init.errors import ExportError, describe
 
-from .layout import GENAI_CONFIG, GRAPH
+from .layout import GENAI_CONFIG, GRAPH, in_dtype
+from .options import DType
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig
@@ -39,8 +40,8 @@ class _Decoder:
     vocabulary: int
 
 
-def write_genai_config(merged: Path, out: Path) -> bool:
-    """Write genai_config.json for the decoder graph out/onnx/model.onnx of the model in `merged`.
+def write_genai_config(merged: Path, out: Path, dtype: DType = "fp32") -> bool:
+    """Write genai_config.json for the decoder graph of this dtype in `out`, of the model in `merged`.
 
     The graph has inputs input_ids, attention_mask, position_ids (where it takes them) and past_key_values.N.key and
     .value, outputs logits and present.N.key and .value. False, and a message that says why, where onnxruntime-genai
@@ -51,7 +52,8 @@ def write_genai_config(merged: Path, out: Path) -> bool:
         config, generation = _read_configs(merged)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"the configuration in {merged} cannot be read: {describe(error)}") from error
-    decoder = _read_graph(out / GRAPH)
+    file = in_dtype(GRAPH, dtype)
+    decoder = _read_graph(out / file)
     if isinstance(decoder, str):
         logger.warning("No %s is written: %s", GENAI_CONFIG, decoder)
         return False
@@ -61,7 +63,7 @@ def write_genai_config(merged: Path, out: Path) -> bool:
     if getattr(config, "max_position_embeddings", None) is None:
         logger.warning("No %s is written: the model's configuration has no max_position_embeddings", GENAI_CONFIG)
         return False
-    content = {"model": _model(config, generation, decoder), "search": _search(config, generation)}
+    content = {"model": _model(config, generation, decoder, file), "search": _search(config, generation)}
     (out / GENAI_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return True
 
@@ -99,7 +101,7 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
     return tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
 
 
-def _model(config: PreTrainedConfig, generation: GenerationConfig, decoder: _Decoder) -> dict[str, Any]:
+def _model(config: PreTrainedConfig, generation: GenerationConfig, decoder: _Decoder, file: Path) -> dict[str, Any]:
     eos = generation.eos_token_id
     first = eos[0] if isinstance(eos, list) else eos
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in decoder.inputs}
@@ -111,7 +113,7 @@ def _model(config: PreTrainedConfig, generation: GenerationConfig, decoder: _Dec
         "context_length": config.max_position_embeddings,
         "vocab_size": decoder.vocabulary,
         "decoder": {
-            "filename": GRAPH.as_posix(),
+            "filename": file.as_posix(),
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "hidden_size": config.hidden_size,
             "head_size": decoder.head_size,

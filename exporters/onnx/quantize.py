@@ -26,8 +26,9 @@ _BLOCK = 32  # weights that share a scale
 _INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy level: products of int8 activations, several times as fast as fp32
 
 
-def quantize(graph: Path, dtype: QuantizedDType) -> None:
-    """Replace the fp32 graph, and the file of its weights beside it, by one with weights in `dtype`.
+def quantize(graph: Path, dtype: QuantizedDType, output: Path | None = None) -> None:
+    """Write the fp32 graph with weights in `dtype` to `output`, with a file of its weights beside it; the graph itself
+    is replaced where there is none.
 
     fp16: all that can be computed in it; inputs and outputs stay fp32, so that programs need no change.
     int8: weights of matrix products, a scale for each 32. (With quantize_dynamic, a scale for each tensor of
@@ -43,7 +44,7 @@ def quantize(graph: Path, dtype: QuantizedDType) -> None:
                 _QUANTIZERS[dtype](graph, target)
         except (ValueError, RuntimeError, InferenceError) as error:
             raise ExportError(f"ONNX Runtime's {dtype} quantizer refuses the graph: {describe(error)[:300]}") from error
-        move_graph(target, graph)
+        move_graph(target, output or graph)
 
 
 def _to_fp16(graph: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
-"""Encoder-decoders: an encoder graph that gives the decoder's keys and values for its output, too, and a decoder graph.
+"""Encoder-decoders: an encoder graph, and one decoder graph for the first token and those after it.
 
-The decoder reads the encoder's output through these only, so they are computed once for a text, not at every token.
+The decoder computes keys and values of the encoder's output for as many positions as it is not given them for: for all
+at the first token, for none after that. It has no branches, which quantizers would not look into.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .calls import filled_cache, layer_states
-from .layout import GRAPH
+from .layout import GRAPH, in_dtype
+from .options import DType
 from .parity import NUM_TOKENS, Comparison, Reference, difference, sample_rows
 from .session import Array, Session, next_cache
 from .stitch import Axes
@@ -26,38 +28,50 @@ if TYPE_CHECKING:
 
 
 ENCODER = GRAPH.with_name("encoder_model.onnx")
-DECODER = GRAPH.with_name("decoder_model.onnx")
+DECODER = GRAPH.with_name("decoder_model_merged.onnx")
 _ENCODER_IDS: Axes = ("batch_size", "encoder_sequence_length")
 _DECODER_TOKENS = 9  # of the rows that are compared
 
 
 class _Encoder(nn.Module):
-    """input_ids, attention_mask → last_hidden_state and, of every decoder layer, keys and values for it."""
+    """input_ids, attention_mask → last_hidden_state."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        hidden = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
-        cross = filled_cache({})
-        _decode(self.model, input_ids[:, :1], hidden, attention_mask, filled_cache({}), cross)
-        return (hidden, *(state for slot in range(len(cross.layers)) for state in layer_states(cross, slot)))
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        hidden: Tensor = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return (hidden,)
 
 
 class _Decoder(nn.Module):
-    """input_ids, encoder_attention_mask, past (of the decoder, then of the encoder) → logits, the decoder's present."""
+    """input_ids, encoder_attention_mask, encoder_hidden_states, past → logits, present.
+
+    Past and present are keys and values of the decoder's own tokens, then those of the encoder's output.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        own, cross = _caches(past[: len(past) // 2]), _caches(past[len(past) // 2 :])
-        width = self.model.config.hidden_size  # what is multiplied with it is never used
-        hidden = torch.zeros(*encoder_attention_mask.shape, width, dtype=past[0].dtype)
-        logits = _decode(self.model, input_ids, hidden, encoder_attention_mask, own, cross)
-        return (logits, *(state for slot in range(len(own.layers)) for state in layer_states(own, slot)))
+    def forward(self, input_ids: Tensor, mask: Tensor, hidden: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        own, before = _caches(past[: len(past) // 2]), past[len(past) // 2 :]
+        more = self._more(input_ids, mask, hidden, before)
+        cross = _caches([torch.cat(both, dim=2) for both in zip(before, more, strict=True)])
+        unused = torch.zeros_like(hidden)  # the keys and values for it are there
+        logits = _decode(self.model, input_ids, unused, mask, own, cross)
+        return (logits, *_all_states(own), *_all_states(cross))
+
+    def _more(self, input_ids: Tensor, mask: Tensor, hidden: Tensor, before: Sequence[Tensor]) -> list[Tensor]:
+        """Keys and values of the positions after those of `before`. All else of this run is left out of the graph."""
+        start, cross = before[0].shape[2], filled_cache({})
+        _decode(self.model, input_ids[:, :1], hidden[:, start:], mask[:, start:], filled_cache({}), cross)
+        return _all_states(cross)
+
+
+def _all_states(cache: DynamicCache) -> list[Tensor]:
+    return [state for slot in range(len(cache.layers)) for state in layer_states(cache, slot)]
 
 
 def _caches(states: Sequence[Tensor]) -> DynamicCache:
@@ -82,7 +96,6 @@ def _decode(
 
 def seq2seq_encoder(model: PreTrainedModel) -> Traceable:
     outputs: dict[str, Axes] = {"last_hidden_state": (*_ENCODER_IDS, model.config.hidden_size)}
-    outputs |= _states("present.{}.encoder.{}", model, "encoder_sequence_length")
 
     def example(sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
         shape = sizes["batch_size"], sizes["encoder_sequence_length"]
@@ -93,22 +106,24 @@ def seq2seq_encoder(model: PreTrainedModel) -> Traceable:
 
 
 def seq2seq_decoder(model: PreTrainedModel) -> Traceable:
+    hidden: dict[str, Axes] = {"encoder_hidden_states": (*_ENCODER_IDS, model.config.hidden_size)}
     past = _states("past_key_values.{}.decoder.{}", model, "past_sequence_length")
-    past |= _states("past_key_values.{}.encoder.{}", model, "encoder_sequence_length")
+    past |= _states("past_key_values.{}.encoder.{}", model, "past_encoder_length")
     ids: Axes = ("batch_size", "sequence_length")
     outputs: dict[str, Axes] = {"logits": (*ids, model.config.vocab_size)}
     outputs |= _states("present.{}.decoder.{}", model, "total_sequence_length")
+    outputs |= _states("present.{}.encoder.{}", model, "encoder_sequence_length")
 
     def example(sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(0)
-        states = (
+        floats = (
             torch.randn([sizes[axis] if isinstance(axis, str) else axis for axis in shape], generator=generator)
-            for shape in past.values()
+            for shape in (*hidden.values(), *past.values())
         )
         mask = _mask(sizes["batch_size"], sizes["encoder_sequence_length"])
-        return _random_tokens(model, (sizes["batch_size"], sizes["sequence_length"])), mask, *states
+        return _random_tokens(model, (sizes["batch_size"], sizes["sequence_length"])), mask, *floats
 
-    inputs = {"input_ids": ids, "encoder_attention_mask": _ENCODER_IDS, **past}
+    inputs = {"input_ids": ids, "encoder_attention_mask": _ENCODER_IDS, **hidden, **past}
     return Traceable(_Decoder(model), inputs, outputs, example)
 
 
@@ -152,9 +167,9 @@ def _decoder_tokens(vocabulary: int) -> Array:
     return np.random.default_rng(1).integers(0, vocabulary, (1, _DECODER_TOKENS))
 
 
-def compare_seq2seq(directory: Path, reference: Reference) -> Comparison:
+def compare_seq2seq(directory: Path, reference: Reference, dtype: DType = "fp32") -> Comparison:
     """Logits of single rows at once and token by token, and of a batch with encoder rows padded; greedy tokens."""
-    encoder, decoder = Session(directory / ENCODER), Session(directory / DECODER)
+    encoder, decoder = (Session(directory / in_dtype(path, dtype)) for path in (ENCODER, DECODER))
     tokens = _decoder_tokens(reference.outputs[0].shape[-1])
     whole, single = [0, _DECODER_TOKENS], [0, 2, *range(3, _DECODER_TOKENS + 1)]
     rows = [_answer(encoder, decoder, [row], tokens, whole)[0] for row in reference.rows]
@@ -174,10 +189,11 @@ def _answer(encoder: Session, decoder: Session, rows: Sequence[Array], tokens: A
     ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
     for number, row in enumerate(rows):
         ids[number, : len(row)], mask[number, : len(row)] = row, 1
-    cross = next_cache(encoder.run({"input_ids": ids, "attention_mask": mask}))
-    cache, logits = decoder.empty_cache(len(rows)) | cross, []
+    hidden = encoder.run({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
+    given = {"encoder_attention_mask": mask, "encoder_hidden_states": hidden}
+    cache, logits = decoder.empty_cache(len(rows)), []
     for begin, end in pairwise(cuts):
-        outputs = decoder.run({"input_ids": tokens[:, begin:end], "encoder_attention_mask": mask} | cache)
-        cache = next_cache(outputs) | cross
+        outputs = decoder.run({"input_ids": tokens[:, begin:end]} | given | cache)
+        cache = next_cache(outputs)
         logits.append(outputs["logits"])
     return np.concatenate(logits, axis=1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .causal import causal_lm, causal_reference, compare_causal
 from .encoder import classifier, compare_encoder, encoder, encoder_reference
 from .layout import GRAPH
+from .options import DType
 from .parity import Comparison, Reference
 from .seq2seq import DECODER, ENCODER, compare_seq2seq, seq2seq_decoder, seq2seq_encoder, seq2seq_reference
 
@@ -28,13 +29,13 @@ class OnnxTask:
 
     graphs:    by path in the folder.
     reference: PyTorch's outputs, for a prompt's tokens where text is generated.
-    compare:   the folder's graphs with these.
+    compare:   the folder's graphs of a dtype with these.
     """
 
     task_type: str
     graphs: Mapping[Path, Callable[[PreTrainedModel], Traceable]]
     reference: Callable[[PreTrainedModel, Prompt], Reference]
-    compare: Callable[[Path, Reference], Comparison]
+    compare: Callable[[Path, Reference, DType], Comparison]
 
 
 def _encoder_reference(output: str) -> Callable[[PreTrainedModel, Prompt], Reference]:

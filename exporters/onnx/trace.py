@@ -48,8 +48,20 @@ class Traceable:
 
 
 _PROBES: tuple[dict[str, int], dict[str, int]] = (
-    {"batch_size": 2, "sequence_length": 3, "past_sequence_length": 5, "encoder_sequence_length": 4},
-    {"batch_size": 3, "sequence_length": 5, "past_sequence_length": 11, "encoder_sequence_length": 7},
+    {
+        "batch_size": 2,
+        "sequence_length": 3,
+        "past_sequence_length": 5,
+        "encoder_sequence_length": 4,
+        "past_encoder_length": 2,
+    },
+    {
+        "batch_size": 3,
+        "sequence_length": 5,
+        "past_sequence_length": 11,
+        "encoder_sequence_length": 7,
+        "past_encoder_length": 3,
+    },
 )
 """Two sets of sizes: an axis that differs between them is dynamic."""
 

@@ -49,6 +49,7 @@ class Adapter:
     sample: the data: source, format, rows, tokens, fingerprint, options.
     growth: how the sample was grown; None for one whose size was given.
     training: what `loraone-train` did to the factors since; None for a starting point.
+    run:    the options of the command that made it; {} for one made in Python.
     saved:  modules that are held whole, PEFT's `modules_to_save`: a classifier's head, by module and name in it.
     """
 
@@ -66,6 +67,7 @@ class Adapter:
     experts: Mapping[str, ExpertStack] = field(default_factory=dict)
     by_parameter: tuple[str, ...] = ()
     growth: GrowthReport | None = None
+    run: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.config.gamma == AUTO:
@@ -173,6 +175,7 @@ class Adapter:
             "layers": {name: asdict(report) for name, report in self.layers.items()},
             "experts": {parameter: asdict(stack) for parameter, stack in self.experts.items()},
             "training": None if self.training is None else dict(self.training),
+            "run": dict(self.run),
         }
 
     def metadata(self) -> dict[str, str]:
@@ -221,6 +224,7 @@ def parse_metadata(
         experts=record.experts,
         by_parameter=tuple(sorted(name.removesuffix(".weight") for name in parameters)),
         growth=record.growth,
+        run=record.run,
     )
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..data.rows import SUFFIXES
 from ..tasks import NAMES, task_of_peft
 from .records import Curve
-from .wording import cell, code_cell, describe_labels, describe_ranks, loss_text, quoted, warning_of, yaml_value
+from .wording import cell, code_cell, describe_labels, describe_ranks, loss_text, quoted, warning_of
+
+PLACE = "PATH_OF_THIS_DIRECTORY"
+"""What stands in a card for where the adapter lies; its repository's name, when it is published."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PIPELINES: dict[str | None, str] = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
 _CARD = """---
-{base_line}library_name: peft
-tags:
-- lora
-- lora-one
+{front}
 ---
 
 # {title} for {base}
@@ -35,7 +41,7 @@ tags:
 ```python
 from peft import PeftModel
 {opening}
-model = PeftModel.from_pretrained(base, "PATH_OF_THIS_DIRECTORY"{trainable}
+model = PeftModel.from_pretrained(base, "{place}"{trainable}
 ```
 
 The safetensors header holds the settings and, for each layer, the singular values and the SVD's accuracy.
@@ -74,7 +80,8 @@ def model_card(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str
         trainable=", is_trainable=True)  # then any trainer" if training is None else ")",
         training="" if training is None else _training_rows(training),
         warning=_warning(config["gamma"], loss),
-        base_line=f"base_model: {yaml_value(name)}\n" if name else "",
+        front=_front_matter(record, peft_config),
+        place=PLACE,
         base=cell(name or "MODEL"),
         base_code=code_cell(name or "MODEL"),
         rank=describe_ranks([len(layer["singular_values"]) for layer in layers]),
@@ -105,6 +112,30 @@ def _warning(gamma: float, loss: Mapping[str, Any]) -> str:
     """A paragraph on a step that does not lower the loss."""
     text = warning_of(gamma, loss)
     return "" if text is None else f"\n**Before any training: {cell(text)}.**\n"
+
+
+def _front_matter(record: Mapping[str, Any], peft_config: Mapping[str, Any]) -> str:
+    """What the hub reads. A base or data set is named where others can load it by that name: no path, no GGUF file."""
+    from huggingface_hub import ModelCardData
+
+    name, _, configuration = str(record["sample"].get("source", "")).partition(":")
+    data = hub_id(name) if not configuration or _HUB_ID.fullmatch(configuration) else None
+    is_file = data is not None and Path(data).suffix.lower() in SUFFIXES
+    return str(
+        ModelCardData(
+            base_model=hub_id(record["base"].get("name")),
+            library_name="peft",
+            pipeline_tag=_PIPELINES.get(peft_config.get("task_type")),
+            tags=["lora", "lora-one"],
+            datasets=None if data is None or is_file else [data],
+            license=record["run"].get("license"),
+        ).to_yaml()
+    )
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name, where a model or data set on the hub may have it; None for a path or a GGUF file's name and hash."""
+    return name if name is not None and len(name) <= 96 and _HUB_ID.fullmatch(name) else None
 
 
 def _place(name: str | None) -> str:

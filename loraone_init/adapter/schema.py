@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints, is_typeddict
@@ -81,6 +81,7 @@ class Record:
     method: str = ""
     created_by: str = ""
     scale: float | None = None
+    run: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
 
 class PeftConfig(TypedDict, total=False):

@@ -15,7 +15,8 @@ from ..errors import printable
 from ..failures import one_line_errors
 from ..version import __version__
 from .export_targets import Gguf, Merged, Mlx, Onnx, OnnxAdapter, Peft, Target
-from .support import CONTEXT, Command, message_options, source_options, start_logging, together, under
+from .run_config import config_in_use, config_option
+from .support import CONTEXT, Command, OneOrSeveral, message_options, source_options, start_logging, together, under
 from .waiting import LIBRARIES, OPENING, Waiting
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def target(name: str, output_help: str = "Directory to write.") -> Callable[[Cal
 base_options = together(
     _base("--any-base", is_flag=True, help="Take a MODEL with other weights than the adapter's."),
     source_options,
+    config_option("loraone-export"),
     message_options,
 )
 """Of all targets, after their own."""
@@ -111,8 +113,8 @@ def gguf(**given: Any) -> None:
 @_form(
     "--dtype",
     default=OnnxOptions.dtype,
-    type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]),
-    help="Of the weights; int8 and int4 by ONNX Runtime's quantizers.",
+    type=OneOrSeveral(["fp32", "fp16", "bf16", "int8", "int4"]),
+    help="Of the weights; int8 and int4 by ONNX Runtime's quantizers. Several with commas: a graph of each.",
 )
 @_form("--engine", default=OnnxOptions.engine, type=click.Choice(["torch", "genai"]), help="What writes the graph.")
 @_form("--opset", default=OnnxOptions.opset, type=int, help="Version of ONNX's operators, for --engine torch.")
@@ -126,7 +128,8 @@ def gguf(**given: Any) -> None:
 def onnx(**given: Any) -> None:
     """The merged model as a folder for ONNX Runtime, compared with PyTorch before it is kept.
 
-    Graph and weights are onnx/model.onnx and onnx/model.onnx_data; parity.json tells the differences.
+    Graph and weights are onnx/model.onnx and onnx/model.onnx_data, in fewer bits onnx/model_q4.onnx and the like;
+    parity.json tells the differences.
     """
     _run(Onnx(**given))
 
@@ -157,12 +160,18 @@ def _run(options: Target) -> None:
         from ..adapter.inputs import check_apart
         from ..models.sources import check_model
 
-        check_apart(options.output, (options.model, options.adapter))
+        check_apart(options.output, (options.model, options.adapter, config_in_use()))
         options.check()
+        from .run_record import check_record, record_file, recorded_options, write_record
+
+        file = record_file(options.output, is_file=options.writes_file())
+        check_record(file, options.overwrite)
         check_model(options.model, options.revision)
         weights_file(options.adapter)
         base, lora = _read(options)
-        _print(options, options.write(base, lora))
+        facts = options.write(base, lora)
+        write_record(file, recorded_options(options))
+        _print(options, facts)
 
 
 def _read(options: Target) -> tuple[BaseModel, LoraWeights]:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from loraone_init.exporters.lora_weights import LoraWeights
 
 
+_FILES = (".safetensors", ".gguf", ".onnx_adapter")
+"""Suffixes of outputs that are files. What a target does not write as a file it has refused by then."""
+
+
 @dataclass(frozen=True)
 class Target(ABC):
     """One field for each argument and option that all targets share; None for what was not given."""
@@ -35,6 +39,10 @@ class Target(ABC):
     def check(self) -> None:
         """Raise a LoraOneError for options that cannot work, or an output that cannot be written."""
         check_directory(self.output, self.overwrite)
+
+    def writes_file(self) -> bool:
+        """Whether the output is one file, and no directory."""
+        return self.output.suffix in _FILES
 
     def task_type(self) -> str | None:
         """PEFT's name of the task to open the model for; None for the adapter's."""
@@ -119,7 +127,7 @@ class Onnx(Target):
 
     engine: Literal["torch", "genai"]
     task: Literal["auto", "text-generation", "feature-extraction", "text-classification", "seq2seq"]
-    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"]
+    dtype: str | tuple[str, ...]
     opset: int
     atol: float | None
 

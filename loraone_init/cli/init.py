@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,7 +19,20 @@ from ..failures import one_line_errors
 from ..tasks import TASKS
 from ..version import __version__
 from .init_options import InitOptions
-from .support import CONTEXT, Command, OrAuto, message_options, row_options, source_options, start_logging, under
+from .publishing import check_private, check_push, push
+from .recipe import recipe_option
+from .run_config import DataArgument, config_in_use, config_option, given_in_file
+from .support import (
+    CONTEXT,
+    Command,
+    OrAuto,
+    message_options,
+    push_options,
+    row_options,
+    source_options,
+    start_logging,
+    under,
+)
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -40,7 +54,7 @@ _memory = under("Memory and speed")
 
 @click.command("loraone-init", cls=Command, context_settings=CONTEXT)
 @click.argument("model")
-@click.argument("data")
+@click.argument("data", cls=DataArgument)
 @_output(
     "-o",
     "--output",
@@ -144,7 +158,11 @@ _memory = under("Memory and speed")
     help="Their tokens, at most.  [default: 512 on a CPU, 8192 on a GPU]",
 )
 @_output("--base-name", help="What the adapter calls its base, such as a hub id.  [default: MODEL's path or id]")
+@_output("--license", help="Licence of the adapter for its model card, as the hub spells it: apache-2.0, mit …")
+@push_options
 @source_options
+@config_option("loraone-init")
+@recipe_option
 @message_options
 @click.version_option(__version__, prog_name="loraone-init")
 def main(**given: Any) -> None:
@@ -157,14 +175,12 @@ def main(**given: Any) -> None:
     \b
       loraone-init demo examples/gsm8k.jsonl -o adapters.safetensors
     """
-    options = InitOptions(**given)
+    options = _settle_ranks(InitOptions(**given))
     if options.output is None and not options.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    source = click.get_current_context().get_parameter_source("rank")
-    if options.rank_budget is not None and source is not ParameterSource.DEFAULT:
-        raise click.UsageError("--rank and --rank-budget exclude each other.")
     if options.samples != AUTO and (options.max_samples or options.sample_tolerance):
         raise click.UsageError("--max-samples and --sample-tolerance are for --samples auto.")
+    check_private(options)
     if "LOCAL_RANK" in os.environ:  # torchrun: else torch adds a trace of its own to the line on a lost rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..processes.processes import joined
@@ -173,21 +189,35 @@ def main(**given: Any) -> None:
         _run(processes, options)
 
 
+def _settle_ranks(options: InitOptions) -> InitOptions:
+    """Refuses --rank beside --rank-budget, unless one of them is from a file: then the one given here is meant."""
+    context = click.get_current_context()
+    source = context.get_parameter_source("rank")
+    if options.rank_budget is None or source is ParameterSource.DEFAULT:
+        return options
+    if source is context.get_parameter_source("rank_budget"):
+        raise click.UsageError("--rank and --rank-budget exclude each other.")
+    return options if given_in_file(context, "rank") else replace(options, rank_budget=None)
+
+
 def _run(processes: Processes, options: InitOptions) -> None:
     """What needs no torch is checked before it is imported."""
-    from ..adapter.files import check_output
+    from ..adapter.files import check_output, is_single_file
     from ..adapter.inputs import check_apart
     from ..data.rows import read_if_local, require_packages
     from ..libraries import import_transformers
     from ..machine import own_peaks, use_one_heap
     from ..models.sources import check_model
+    from .run_record import check_record, record_file, recorded_options, without_machine, write_record
 
     config, growth, wanted, max_bytes = options.config(), options.growth(), options.rows(), options.max_bytes()
     is_main, output = processes.index == 0, options.output
     if output is not None and is_main:
-        check_apart(output, (options.model, options.data))
+        check_apart(output, (options.model, options.data, config_in_use()))
         check_output(output, options.overwrite)
+        check_record(record_file(output, is_file=is_single_file(output)), options.overwrite)
     start_logging(options.quiet, options.verbose, silent=not is_main)
+    repository = check_push(options) if is_main else None
     require_packages(options.data)
     check_model(options.model, options.revision)
     data = read_if_local(options.data, wanted.split)
@@ -227,9 +257,14 @@ def _run(processes: Processes, options: InitOptions) -> None:
         if not is_main:
             return
         with monitor.timed("save"):
+            recorded = recorded_options(options, adapter.base.get("name"))
+            adapter = replace(adapter, run=without_machine(recorded))
             adapter.save(output, overwrite=options.overwrite)
+            write_record(record_file(output, is_file=is_single_file(output)), recorded)
+    published = None if repository is None else push(repository, adapter, recorded, output)
     left_out = 0 if config.vision_layers else left_out_layers(opened.module)
     summary = summarize(adapter, output, monitor, peaks, opened.opened_from, left_out)
+    summary["published"] = published
     _tell_paths(adapter, output)
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)

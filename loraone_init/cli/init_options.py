@@ -58,6 +58,9 @@ class InitOptions:
     dry_run: bool
     overwrite: bool
     base_name: str | None
+    license: str | None
+    push_to_hub: str | None
+    private: bool
     as_json: bool
     quiet: bool
     verbose: bool

@@ -13,6 +13,7 @@ import click
 from ..errors import printable
 from ..failures import one_line_errors
 from ..version import __version__
+from .run_config import config_in_use, config_option
 from .support import CONTEXT, Command, report_options, start_logging, under
 from .waiting import LIBRARIES, Waiting
 
@@ -44,6 +45,7 @@ class InspectOptions:
 @_show("--compare", type=click.Path(path_type=Path), help="Another adapter: angles between both, by layer.")
 @_page("--html", type=click.Path(path_type=Path), help="Write a page with pictures; it needs no network.")
 @_page("--overwrite", is_flag=True, help="Write a page that exists.")
+@config_option("loraone-inspect")
 @report_options
 @click.version_option(__version__, prog_name="loraone-inspect")
 def main(**given: Any) -> None:
@@ -63,7 +65,7 @@ def _run(options: InspectOptions) -> None:
     if options.html is not None:
         from ..adapter.inputs import check_apart
 
-        check_apart(options.html, (options.adapter, options.compare))
+        check_apart(options.html, (options.adapter, options.compare, config_in_use()))
         _check_page(options.html, options.overwrite)
     from ..adapter.files import weights_file
 

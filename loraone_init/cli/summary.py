@@ -21,6 +21,11 @@ from ..monitor import Monitor
 from ..terminal import print_facts
 from .trainer_lines import lines_for_trainers
 
+_RATES = """\
+As for rsLoRA, and higher than PiSSA and LoRA-GA want: on SmolLM2-135M the best of
+LoRA-One and rsLoRA was 2e-3. loraone-train --learning-rate auto tries some."""
+"""From docs/results.md."""
+
 
 def summarize(
     adapter: Adapter,
@@ -125,6 +130,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
         ("seconds", ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary["seconds"].items())),
         ("peak memory", _describe_peak(summary)),
         ("written", f"{summary['output']} ({summary['output_bytes'] / 2**20:.1f} MiB)"),
+        *([("published", summary["published"])] if summary.get("published") else []),
     ]
     odd = summary["layers_not_spectral"]
     if odd:
@@ -135,6 +141,7 @@ def _print_table(summary: Mapping[str, Any]) -> None:
     for trainer, lines in summary["trainers"].items():
         console.print(f"\n[bold]{trainer}[/bold]")
         console.print(printable(lines), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]Learning rate[/bold]\n{_RATES}", highlight=False, soft_wrap=True)
 
 
 def _describe_ranks(summary: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -98,6 +98,24 @@ class OrAuto(_ParamType):
             self.fail(f"{error.message.rstrip('.')}, nor the word auto.", param, ctx)
 
 
+class OneOrSeveral(_ParamType):
+    """One of some words, or several of them separated by commas: then a tuple."""
+
+    name = "word or words"
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._word = click.Choice(words)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self._word.choices)}],…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        words = tuple(self._word.convert(word.strip(), param, ctx) for word in str(value).split(","))
+        return words[0] if len(words) == 1 else words
+
+
 def together(*options: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
     """Several options as one decorator, in the order of the help."""
 
@@ -129,6 +147,12 @@ source_options = together(
     _hub("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
 )
 """How the hub is asked."""
+
+push_options = together(
+    _hub("--push-to-hub", metavar="ORG/NAME", help="Upload the adapter with its card, when it is written."),
+    _hub("--private", is_flag=True, help="Make that repository a private one."),
+)
+"""Where the result is published."""
 
 _json = _messages("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 _quiet = _messages("-q", "--quiet", is_flag=True, help="Print errors and warnings only.")

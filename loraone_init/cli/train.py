@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,12 +17,25 @@ from ..errors import printable
 from ..failures import one_line_errors
 from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions, require_packages
 from ..version import __version__
-from .support import CONTEXT, Command, message_options, row_options, source_options, start_logging, under
+from .publishing import check_private, check_push, push
+from .run_config import DataArgument, config_in_use, config_option
+from .support import (
+    CONTEXT,
+    Command,
+    OrAuto,
+    message_options,
+    push_options,
+    row_options,
+    source_options,
+    start_logging,
+    under,
+)
 from .train_options import TrainCommand
 from .waiting import LIBRARIES, READING, Waiting
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
+    from ..adapter.hub import Repository
     from ..adapter.plain import PlainAdapter
     from ..data.rows import Rows
     from ..data.sample import Sample
@@ -37,14 +52,20 @@ _progress = under("Progress and checkpoints")
 
 @click.command("loraone-train", cls=Command, context_settings=CONTEXT)
 @click.argument("model")
-@click.argument("data")
+@click.argument("data", cls=DataArgument)
 @_files("--adapter", required=True, type=click.Path(path_type=Path), help="What loraone-init or PEFT wrote.")
 @_files("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the result.")
 @_files("--resume", is_flag=True, help="Go on from the last whole checkpoint in the output.")
 @_files("--overwrite", is_flag=True, help="Write into an output that exists.")
 @_step("--epochs", default=TrainOptions.epochs, help="Times to go through the data.")
 @_step("--max-steps", type=click.IntRange(min=1), help="Steps to take, whatever --epochs says.")
-@_step("--learning-rate", default=TrainOptions.learning_rate, help="At its highest.")
+@_step(
+    "--learning-rate",
+    default=TrainOptions.learning_rate,
+    type=OrAuto(click.FLOAT),
+    metavar="X|auto",
+    help="At its highest; auto: the best of a few that are tried for 20 steps each, on rows held out.",
+)
 @_step("--schedule", default=TrainOptions.schedule, type=click.Choice(get_args(Schedule)), help="Its course.")
 @_step("--warmup", default=TrainOptions.warmup, help="Steps, or a share of all below 1, in which it rises from 0.")
 @_step("--batch-size", default=TrainOptions.batch_size, type=click.IntRange(min=1), help="Rows in each process.")
@@ -87,7 +108,9 @@ _progress = under("Progress and checkpoints")
     help="Steps between two checkpoints.",
 )
 @_progress("--report-to", default=TrainOptions.report_to, type=click.Choice(get_args(Reports)), help="Where curves go.")
+@push_options
 @source_options
+@config_option("loraone-train")
 @message_options
 @click.version_option(__version__, prog_name="loraone-train")
 def main(**given: Any) -> None:
@@ -103,6 +126,7 @@ def main(**given: Any) -> None:
         --adapter adapters.safetensors -o trained
     """
     options = TrainCommand(**given)
+    check_private(options)
     with one_line_errors(options.verbose):
         _run(options)
 
@@ -114,6 +138,7 @@ def _run(options: TrainCommand) -> None:
     start_logging(quiet, options.verbose, silent=not is_main)
     settings, evaluated = options.training(), options.rows_to_evaluate()
     _check(options, settings, is_main)
+    repository = check_push(options) if is_main else None
     from ..data.rows import read_if_local
 
     asked = [(options.data, options.rows())]
@@ -141,18 +166,19 @@ def _run(options: TrainCommand) -> None:
     del read  # all rows of files
     if is_main and not options.resume:  # --overwrite has been said
         remove(own_checkpoints(options.output))
-    outcome = train(
-        source,
-        start,
-        sample,
-        options.output,
-        settings,
-        evaluation=others[0] if others else None,
-        resume=options.resume,
-        trust_remote_code=trust,
-    )
+    with redirect_stdout(sys.stderr):  # trackio prints, and standard output is for the result
+        outcome = train(
+            source,
+            start,
+            sample,
+            options.output,
+            settings,
+            evaluation=others[0] if others else None,
+            resume=options.resume,
+            trust_remote_code=trust,
+        )
     if is_main:
-        _finish(outcome, options.output, options.as_json)
+        _finish(outcome, options, repository)
 
 
 def _check(options: TrainCommand, settings: TrainOptions, is_main: bool) -> None:
@@ -162,6 +188,7 @@ def _check(options: TrainCommand, settings: TrainOptions, is_main: bool) -> None
     from ..data import rows as data_rows
     from ..errors import OutputError
     from ..models.sources import check_model
+    from .run_record import check_record, record_file
 
     if is_single_file(options.output):
         raise OutputError(f"{options.output}: a training writes a directory, with checkpoints; leave .safetensors out")
@@ -169,8 +196,9 @@ def _check(options: TrainCommand, settings: TrainOptions, is_main: bool) -> None
     for needed in filter(None, (options.data, options.eval_data)):
         data_rows.require_packages(needed)
     if is_main:  # the others would find what this one writes
-        check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data))
+        check_apart(options.output, (options.model, options.data, options.adapter, options.eval_data, config_in_use()))
         _check_output(options.output, options.overwrite, options.resume)
+        check_record(record_file(options.output, is_file=False), options.overwrite or options.resume)
     weights_file(options.adapter)
     check_model(options.model, options.revision)
 
@@ -211,10 +239,13 @@ def _load(data: Rows | str, tokenizer: Any, rows: DataOptions, token: str | None
     return load_sample(data, tokenizer, rows, token=token)
 
 
-def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
+def _finish(outcome: Outcome, options: TrainCommand, repository: Repository | None) -> None:
     """Write the adapter, unless the training is to be resumed, and say so."""
     from ..atomic import atomic_file
     from ..errors import LoraOneError
+    from .run_record import record_file, recorded_options, write_record
+
+    output = options.output
 
     if outcome.interrupted:
         raise LoraOneError(
@@ -224,8 +255,11 @@ def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
     outcome.adapter.save(output, overwrite=True)
     with atomic_file(output / "training_log.json") as temporary:
         temporary.write_text(json.dumps(outcome.log, indent=2) + "\n", encoding="utf-8")
-    result = {"output": str(output), **(outcome.adapter.training or {})}
-    if as_json:
+    recorded = recorded_options(options, outcome.adapter.base["name"])
+    write_record(record_file(output, is_file=False), recorded)
+    published = None if repository is None else push(repository, outcome.adapter, recorded, output)
+    result = {"output": str(output), "published": published, **(outcome.adapter.training or {})}
+    if options.as_json:
         click.echo(json.dumps(result, indent=2))
         return
     losses = (
@@ -233,7 +267,8 @@ def _finish(outcome: Outcome, output: Path, as_json: bool) -> None:
     )
     if result["first_eval_loss"] is not None:
         losses += f", evaluation {result['first_eval_loss']:.4f} → {result['last_eval_loss']:.4f}"
-    click.echo(printable(f"{outcome.steps} steps, {losses}; written: {output}"))
+    places = f"{output}" if published is None else f"{output}, published: {published}"
+    click.echo(printable(f"{outcome.steps} steps, {losses}; written: {places}"))
 
 
 if __name__ == "__main__":

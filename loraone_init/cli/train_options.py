@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import Auto
 from ..data.formats import parse_columns
 from ..data.options import DataOptions
 from ..training.options import Device, OptimizerName, Precision, Reports, Schedule, TrainOptions
@@ -22,7 +23,7 @@ class TrainCommand:
     output: Path
     epochs: float
     max_steps: int | None
-    learning_rate: float
+    learning_rate: float | Auto
     schedule: Schedule
     warmup: float
     batch_size: int
@@ -47,6 +48,8 @@ class TrainCommand:
     save_steps: int
     report_to: Reports
     resume: bool
+    push_to_hub: str | None
+    private: bool
     revision: str | None
     token: str | None
     trust_remote_code: bool

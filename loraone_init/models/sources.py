@@ -32,6 +32,7 @@ _PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "
 _OTHER_COPIES = ["*/*.safetensors", "consolidated*"]
 """Weights that repositories hold a second time, in another layout."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_URL = re.compile(r"https://(?:huggingface\.co|hf\.co)/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
 _EXPECTED = 'give a directory with config.json, tokenizer and safetensors, a hub id, a .gguf file or "demo"'
 
 
@@ -63,8 +64,30 @@ def resolve_model(
     directory = convert_gguf(place) if _is_gguf(place) else place
     path = str(directory.resolve())
     check_path(path, ModelError)
-    name = f"{place.name}@sha256:{_content_key(place)}" if _is_gguf(place) else path
-    return LocalModel(directory, name, opened_from=path)
+    return LocalModel(directory, gguf_name(model) or path, opened_from=path)
+
+
+def gguf_name(model: str) -> str | None:
+    """The hub's repository that a GGUF file says it was made from, else FILE.gguf@sha256:0123456789ab; None for what is
+    no GGUF file.
+    """
+    file = _demo_file() if model == DEMO else Path(os.path.expanduser(model))
+    if not _is_gguf(file):
+        return None
+    repository = remembered(file, "repository", lambda: _source_repository(file))
+    return repository or f"{file.name}@sha256:{_content_key(file)}"
+
+
+def _source_repository(file: Path) -> str:
+    """ORG/NAME from general.source.repo_url in a file's metadata; "" where there is none."""
+    require("gguf", "gguf", by=f"reading {file.name}")
+    from gguf import GGUFReader
+
+    with told_as_model_error(f"the metadata of {file} cannot be read", "; is the file complete?"):
+        field = GGUFReader(file).get_field("general.source.repo_url")
+        url = "" if field is None else str(field.contents())
+    found = _HUB_URL.fullmatch(url)
+    return found[1] if found else ""
 
 
 def check_model(model: str, revision: str | None = None) -> Path | None:

@@ -89,6 +89,16 @@ def last_whole(directory: Path, options: dict[str, Any]) -> Path | None:
     return whole
 
 
+def recorded_rate(directory: Path) -> float | None:
+    """The learning rate of the latest of our checkpoints that is whole; None without one."""
+    for path in reversed(own_checkpoints(directory)):
+        record = _read_record(path)
+        if record is not None:
+            rate = record["options"].get("learning_rate")
+            return rate if isinstance(rate, float) else None
+    return None
+
+
 def _is_ours(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink() and (path / MARK).is_file()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..config import AUTO, Auto
 from ..errors import ConfigError
 from ..extras import require
 from ..ranges import check_range
@@ -12,7 +13,7 @@ from ..ranges import check_range
 OptimizerName = Literal["preconditioned", "adamw"]
 Schedule = Literal["linear", "cosine", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Reports = Literal["none", "tensorboard"]
+Reports = Literal["none", "tensorboard", "trackio", "wandb"]
 Device = Literal["auto", "cpu"]
 
 _NUMBERS = (
@@ -27,6 +28,7 @@ class TrainOptions:
 
     max_steps:   steps to take; None for `epochs` through the data.
     warmup:      steps, or a share of all below 1, in which the learning rate rises from 0.
+    learning_rate: at its highest; "auto": the one with the lowest loss after a few steps, found by a search (`rates`).
     batch_size:  rows on each process; a step takes batch_size · accumulation · processes rows.
     precision:   of the base model and the computation; factors and moments are fp32 in any case.
     """
@@ -34,7 +36,7 @@ class TrainOptions:
     optimizer: OptimizerName = "preconditioned"
     epochs: float = 1.0
     max_steps: int | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float | Auto = 2e-4
     schedule: Schedule = "linear"
     warmup: float = 0.0
     batch_size: int = 8
@@ -55,7 +57,8 @@ class TrainOptions:
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
         for name in _NUMBERS:
-            check_range(name, getattr(self, name))
+            if name != "learning_rate" or self.learning_rate != AUTO:
+                check_range(name, getattr(self, name))
         for name in ("max_steps", "damping"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name))
@@ -65,5 +68,5 @@ class TrainOptions:
 def require_packages(options: TrainOptions) -> None:
     """Raise MissingPackageError where a package is not installed that a training with these options needs."""
     require("train", "peft", "accelerate", by="training")
-    if options.report_to == "tensorboard":
-        require("tensorboard", "tensorboard", by="reporting to TensorBoard")
+    if options.report_to != "none":
+        require(options.report_to, options.report_to, by=f"reporting to {options.report_to}")

@@ -19,6 +19,7 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..adapter.files import tensor_names
 from ..adapter.plain import PlainAdapter
+from ..config import AUTO
 from ..data.batches import collate
 from ..data.sample import Sample
 from ..environment import environment_number
@@ -31,8 +32,9 @@ from ..models.sources import LocalModel
 from ..optim.adamw import PreconditionedAdamW
 from ..weights.checkpoint import Checkpoint, same_weights
 from .callbacks import CheckpointingTrainer, FinishOnSignal, LogLines, SealCheckpoints, is_distributed
-from .checkpoints import check_state, last_whole, step_of
+from .checkpoints import check_state, last_whole, recorded_rate, step_of
 from .options import Precision, TrainOptions, require_packages
+from .rates import choose_rate
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -81,6 +83,7 @@ def train(
         environment_number(variable, 0)
     checkpoint = Checkpoint(source.directory)
     model = _peft_model(source, checkpoint, adapter, options, trust_remote_code)
+    options = _with_rate(model, adapter, data, output, options, resume)
     facts = _facts(adapter, data, options)
     record = {**facts, "base": checkpoint.fingerprint(), "adapter": _digest(adapter)}
     stop = FinishOnSignal()
@@ -126,6 +129,28 @@ def _peft_model(
             model = PeftModel.from_pretrained(base, directory, is_trainable=True)
     _check_trained(model, adapter, source)
     return model
+
+
+def _with_rate(
+    model: PeftModel, adapter: Adapter | PlainAdapter, data: Sample, output: Path, options: TrainOptions, resume: bool
+) -> TrainOptions:
+    """The options with a number for the learning rate: the one given, that of the checkpoint to go on from, or the best
+    of those that are tried.
+    """
+    if options.learning_rate != AUTO:
+        return options
+    before = recorded_rate(output) if resume else None
+    if before is not None:
+        return replace(options, learning_rate=before)
+    if environment_number("WORLD_SIZE", 1, 1) > 1:
+        raise ConfigError(
+            "a learning rate is searched by one process; run it for a few steps alone, and give all the number"
+        )
+
+    def make(trained: Sample, evaluated: Sample, place: Path, trial: TrainOptions) -> Trainer:
+        return _trainer(model, adapter, trained, evaluated, place, trial, [])
+
+    return replace(options, learning_rate=choose_rate(make, model, data, options))
 
 
 def _check_trained(model: nn.Module, adapter: Adapter | PlainAdapter, source: LocalModel) -> None:

@@ -161,6 +161,7 @@ def test_metadata_names_every_field_of_the_format(case):
         "layers",
         "experts",
         "training",
+        "run",
     }
     layer = next(iter(record["layers"].values()))
     assert set(layer) == {
@@ -206,7 +207,8 @@ def test_directory_has_a_model_card_with_the_citation(case, tmp_path):
         "loraone.json",
     ]
     card = (tmp_path / "peft" / "README.md").read_text()
-    assert f"base_model: {directory}" in card
+    assert f"`{directory}`" in card
+    assert "base_model:" not in card  # the hub would take a path for a name
     assert "@inproceedings" in card
     assert f"{adapter.loss.after:.4f} after it" in card
 

@@ -53,7 +53,9 @@ def test_model_card(name: str, initialised: Path, tmp_path: Path) -> None:
     named(initialised, name).save(tmp_path / "peft")
     card = (tmp_path / "peft" / "README.md").read_text()
     _, front, body = card.split("---\n", 2) if "\n" not in name else re.split(r"^---\n", card, maxsplit=2, flags=re.M)
-    assert yaml.safe_load(front) == {"base_model": name, "library_name": "peft", "tags": ["lora", "lora-one"]}
+    named_there = {"base_model": name, "datasets": [name]} if name in ("org/model", "null") else {}  # else no hub id
+    front_matter = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "lora-one"]}
+    assert yaml.safe_load(front) == front_matter | named_there
     (python,) = re.findall(r"```python\n(.*?)```", body, re.S)
     assert opened_by(python) == name
     prose = body.partition("## Use")[0]

@@ -10,7 +10,7 @@ from support.commands import Command
 
 from loraone_init import Adapter, open_model
 from loraone_init.cli.trainer_lines import lines_for_trainers
-from loraone_init.models.sources import resolve_model
+from loraone_init.models.sources import gguf_name, resolve_model
 
 
 def test_given_name(command: Command, tiny_model: Path, tiny_data: Path, out: Path) -> None:
@@ -51,3 +51,25 @@ def test_gguf_file_has_its_own_name_and_hash(smollm2: Path, initialised: Path, m
     assert (opened.name, opened.opened_from) == (source.name, str(smollm2.resolve()))
     lines = lines_for_trainers(Adapter.load(initialised), Path("a"), opened.opened_from)
     assert str(smollm2.resolve()) in lines["PEFT, TRL"]
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://huggingface.co/org/tiny", "org/tiny"),
+        ("https://huggingface.co/org/tiny/tree/main", None),
+        ("https://example.com/org/tiny", None),
+        (None, None),
+    ],
+)
+def test_gguf_file_is_called_by_the_repository_that_it_names(tmp_path: Path, url: str | None, name: str | None) -> None:
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    if url is not None:
+        writer.add_source_repo_url(url)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = gguf_name(str(file))
+    assert found == name or (name is None and str(found).startswith("tiny.gguf@sha256:"))

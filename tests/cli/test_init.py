@@ -130,6 +130,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
             "peak_memory_bytes",
             "peak_device_memory_bytes",
             "trainers",
+            "published",
         ),
     }
     assert (found["output"], found["output_bytes"]) == (str(output), output.stat().st_size)
@@ -217,12 +218,13 @@ def test_both_forms_hold_the_same_adapter(command: Command, tiny_model: Path, ti
     for name, pair in single.pairs.items():
         assert torch.equal(pair.A, peft.pairs[name].A)
         assert torch.equal(pair.B, peft.pairs[name].B)
-    assert os.listdir(file.parent) == ["a.safetensors"]
+    assert sorted(os.listdir(file.parent)) == ["a.config.yaml", "a.safetensors"]
     assert os.listdir(directory.parent) == ["peft"]
     assert sorted(os.listdir(directory)) == [
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "loraone-init.yaml",
         "loraone.json",
     ]
     assert json.loads((directory / "adapter_config.json").read_text())["r"] == 8
@@ -274,7 +276,7 @@ def test_overwrite_replaces_a_file(command: Command, tiny_model: Path, tiny_data
     output.write_text("before")
     assert command(tiny_model, tiny_data, "-o", output, "--overwrite").exit_code == 0
     assert len(Adapter.load(output).pairs) == 21
-    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["a.config.yaml", "a.safetensors"]
 
 
 def test_overwrite_keeps_other_files_of_a_directory(
@@ -287,7 +289,7 @@ def test_overwrite_keeps_other_files_of_a_directory(
     assert command(tiny_model, tiny_data, "-o", directory, "--overwrite").exit_code == 0
     assert len(Adapter.load(directory).pairs) == 21
     assert (directory / "checkpoint" / "state").read_text() == "kept"
-    assert len(os.listdir(directory)) == 5
+    assert len(os.listdir(directory)) == 6
 
 
 # A step that is too long.

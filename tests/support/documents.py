@@ -52,6 +52,11 @@ def python_in(directory: Path, code: str, cache: Path) -> subprocess.CompletedPr
 def parse(command: str) -> str:
     """The output that a command line names, after click has read all of its options."""
     program, *arguments = shlex.split(command)
+    if "--config" in arguments:  # the file has them
+        place = arguments.index("--config")
+        arguments[place : place + 2] = ["MODEL", "DATA"]
+    if arguments == ["--recipe", "list"]:  # prints, and ends
+        return "list"
     parser = COMMANDS[program]
     if program == "loraone-export":
         parser, arguments = parser.commands[arguments[0]], arguments[1:]

@@ -25,10 +25,10 @@ def pytorch_tokens(base: Path, adapter: Path | None, prompt: list[int], count: i
     return made[0, len(prompt) :].tolist()
 
 
-def open_graph(folder: Path) -> onnxruntime.InferenceSession:
+def open_graph(folder: Path, name: str = "model.onnx") -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(folder / "onnx" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(folder / "onnx" / name, options, providers=["CPUExecutionProvider"])
 
 
 def empty_caches(session: onnxruntime.InferenceSession, batch: int) -> Arrays:
@@ -45,9 +45,9 @@ def run(session: onnxruntime.InferenceSession, ids: np.ndarray, mask: np.ndarray
     return dict(zip((value.name for value in session.get_outputs()), outputs, strict=True))
 
 
-def onnx_tokens(folder: Path, prompt: list[int], count: int) -> list[int]:
+def onnx_tokens(folder: Path, prompt: list[int], count: int, name: str = "model.onnx") -> list[int]:
     """The greedy continuation by plain ONNX Runtime: one prefill, then one token at a time."""
-    session = open_graph(folder)
+    session = open_graph(folder, name)
     caches, made, ids = empty_caches(session, 1), [], np.array([prompt])
     while len(made) < count:
         mask = np.ones((1, len(prompt) + len(made)), np.int64)

@@ -105,6 +105,7 @@ def test_result_is_pefts_directory(adapter: Path, tiny_model: Path, tiny_data: P
     assert sorted(file.name for file in output.iterdir() if file.is_file()) == [
         CONFIG,
         WEIGHTS,
+        "loraone-train.yaml",
         "training_log.json",
     ]
     assert json.loads((output / CONFIG).read_text()) == json.loads((adapter / CONFIG).read_text())

@@ -85,6 +85,12 @@ def test_result_is_a_peft_directory_with_its_history(uninterrupted: Path, adapte
     assert "6 steps, preconditioned" in card
 
 
+def test_options_are_written_down_for_config(arguments: list[str], uninterrupted: Path, tmp_path: Path) -> None:
+    given = main.make_context("loraone-train", [*map(str, arguments), "-o", "x"]).params
+    file = str(uninterrupted / "loraone-train.yaml")
+    assert main.make_context("loraone-train", ["--config", file, "-o", "x"]).params == given
+
+
 def test_the_last_step_is_logged(arguments: list[str], tmp_path: Path) -> None:
     """Though it is no multiple of --logging-steps, once where it is, and it is the loss that the adapter records."""
     for every, steps in ((4, [4, 6]), (3, [3, 6])):

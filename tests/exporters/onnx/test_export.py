@@ -16,7 +16,7 @@ from click.testing import Result
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.causal import VOCABULARY, make_model, make_word_tokenizer
 from support.commands import content, error_line
-from support.exports import export, save_base, save_peft
+from support.exports import export, make_moe, save_base, save_peft
 from support.onnx_runs import empty_caches, onnx_tokens, open_graph, pytorch_tokens, run
 from transformers import (
     AutoModel,
@@ -44,7 +44,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     directory = tmp_path_factory.mktemp("llama")
     save_peft(directory / "adapter", save_base(directory / "base"))
     make_word_tokenizer().save_pretrained(directory / "base")
-    return directory, export("onnx", directory / "base", directory / "adapter", "-o", directory / "out")
+    return directory, export(
+        "onnx", directory / "base", directory / "adapter", "-o", directory / "out", "--dtype", "fp32,int4"
+    )
 
 
 def padded_logits(folder: Path, rows: list[list[int]]) -> list[np.ndarray]:
@@ -104,6 +106,9 @@ def test_layout_of_the_folder(llama: tuple[Path, Result]) -> None:
     assert files == {
         "onnx/model.onnx",
         "onnx/model.onnx_data",
+        "onnx/model_q4.onnx",
+        "onnx/model_q4.onnx_data",
+        "loraone-export.yaml",
         "config.json",
         "generation_config.json",
         "genai_config.json",
@@ -133,7 +138,7 @@ def test_layout_of_the_folder(llama: tuple[Path, Result]) -> None:
 
 
 def test_parity_is_recorded(llama: tuple[Path, Result]) -> None:
-    parity = json.loads((llama[0] / "out" / "parity.json").read_text())
+    parity = json.loads((llama[0] / "out" / "parity.json").read_text())["graphs"]["fp32"]
     assert set(parity["differences"]) == {"prefill", "cached decoding", "left-padded batch"}
     assert all(0 < found["max_abs"] < ROUNDING for found in parity["differences"].values())
     assert parity["greedy_tokens"]["pytorch"] == parity["greedy_tokens"]["onnxruntime"]
@@ -250,7 +255,7 @@ def test_encoder_decoder(tmp_path: Path) -> None:
     save_with_adapter(tmp_path, model, "SEQ_2_SEQ_LM", ["q", "v", "wo"])
     result = export("onnx", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    parity = json.loads((tmp_path / "out" / "parity.json").read_text())
+    parity = json.loads((tmp_path / "out" / "parity.json").read_text())["graphs"]["fp32"]
     tokens, prompt = parity["greedy_tokens"]["onnxruntime"], parity["greedy_tokens"]["prompt"]
     base = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
     peft = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
@@ -286,3 +291,14 @@ def test_smollm2_gives_pytorchs_tokens(smollm2: Path, tmp_path: Path) -> None:
     assert export("onnx", smollm2, tmp_path / "adapter", "-o", tmp_path / "out").exit_code == 0
     assert onnx_tokens(tmp_path / "out", prompt, 40) == pytorch_tokens(smollm2, tmp_path / "adapter", prompt, 40)
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["onnx", "onnx-adapter"])
+def test_experts_are_refused_before_anything_is_merged(target: str, tmp_path: Path) -> None:
+    model = make_moe("qwen3_moe")
+    model.save_pretrained(tmp_path / "base")
+    save_peft(tmp_path / "adapter", model, target_modules=["q_proj"])
+    result = export(target, tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
+    assert "model.layers.0.mlp.experts holds experts" in error_line(result.stderr)
+    assert "take --engine genai" in result.stderr
+    assert not (tmp_path / "out").exists()
