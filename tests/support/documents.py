@@ -17,6 +17,7 @@ COMMANDS = {
 }
 SMALL = {  # what a test changes in an example, so that it takes seconds
     "gamma=256)": "gamma=256, samples=4, max_length=64)",
+    "samples=4, max_length=128)": "samples=4, held_out=2, max_length=32)",
     "max_length=128)": "max_length=32)",
     "samples=16)": "samples=4, held_out=2, max_length=64)",
     "max_steps=20, logging_steps=5": "max_steps=2, logging_steps=1, per_device_train_batch_size=2",
