@@ -158,6 +158,7 @@ def _entries_of_adapter(path: Path) -> list[Entry]:
 def _defaults(context: click.Context, entries: list[Entry], source: str) -> Iterator[tuple[str, bool | str]]:
     """(click's name of the parameter, its value), each looked at as on the command line."""
     known = known_keys(context.command)
+    given: dict[str | None, str] = {}
     for entry in entries:
         where = source if entry.line is None else f"{source}, line {entry.line}"
         if entry.key not in known:
@@ -167,6 +168,9 @@ def _defaults(context: click.Context, entries: list[Entry], source: str) -> Iter
                 " lists all)"
             )
         param = known[entry.key]
+        if param.name in given:  # the two ends of a switch
+            raise ConfigError(f"{where}: {entry.key} and {given[param.name]} are one option; leave one of them out")
+        given[param.name] = entry.key
         yield str(param.name), _converted(entry, param, context, where)
 
 

@@ -89,6 +89,7 @@ def test_flag_takes_the_place_of_a_budget_in_the_file(
         ("dtype: float31", "dtype: 'float31' is not one of 'auto', 'float32'"),
         ("gamma: {a: {b: 1}}", "gamma is nested"),
         ("rank: 8\nrank: 9", "line 2: rank is there twice"),
+        ("all-tokens: yes\ncompletion-only: yes", "line 2: completion-only and all-tokens are one option"),
         ("rank: [1", "is no YAML"),
         ("- rank", "holds no options"),
         ("split: !!python/object/apply:os.system [false]", "split has the tag python/object/apply:os.system"),
