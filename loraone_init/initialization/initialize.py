@@ -40,7 +40,7 @@ from .agreement import check_agreement
 from .evaluation import LossEvaluator, evaluate_step, expected_passes
 from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
-from .padding import unpadded_where_needed
+from .padding import can_be_padded, unpadded
 from .passes import GradientPass, PassResult
 from .peft_check import taken_by_peft
 from .schedule import Plan, agreed, choose_schedule
@@ -158,18 +158,26 @@ def compute(
         processes=processes,
     )
 
+    is_padded: bool | None = None  # unknown before the first pass
+
     def take(sample: SampleOrBatches) -> PassResult:
-        nonlocal gradient_pass
+        nonlocal gradient_pass, is_padded
+        batches = batches_of(sample if is_padded is not False else unpadded(sample))
         try:
-            return gradient_pass.run(batches_of(sample), in_halves=in_halves)
+            result = gradient_pass.run(batches, in_halves=in_halves)
         except UncalledError as error:
             gradient_pass = replace(gradient_pass, targets=_without_uncalled(error, targets, config, processes))
-        return gradient_pass.run(batches_of(sample), in_halves=in_halves)
+            result = gradient_pass.run(batches, in_halves=in_halves)
+        if is_padded is None:
+            is_padded = can_be_padded(stack, objective, batches, result.losses, processes)
+            if not is_padded:
+                return take(sample)
+        return result
 
     with _ready(opened, stack, targets, plan):
-        with monitor.timed("forward"):
-            given, others = unpadded_where_needed(stack, objective, given, others, processes)
         used, found, grown = grow(given, growth, take)
+        if not is_padded:
+            used, others = unpadded(used), batches_of(unpadded(others))
         targets = dict(gradient_pass.targets)
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)

@@ -1,7 +1,8 @@
 """Whether a model can be padded: whether a row's loss is the same alone and beside longer ones.
 
 Most can. Some make their own attention mask (CPM-Ant), attend in another way where nothing is padded (PaliGemma), or
-choose among all positions (the sparse attention of DeepSeek V3.2), without regard to padding.
+choose among all positions (the sparse attention of DeepSeek V3.2), without regard to padding. A pass tells what a row's
+loss is beside longer ones, so that one forward of one row tells the rest.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ..choosing.growing import batches_of
-from ..data.batches import Batch, is_padded, row_lengths, without_padding
+from ..choosing.growing import SampleOrBatches, batches_of
+from ..data.batches import is_padded, row_lengths, without_padding
 from ..data.pieces import cut_rows
 from ..data.sample import Sample
+from ..gradients.losses import RowLosses
 from ..gradients.objective import Objective
 from ..gradients.stream import stream_losses
 from ..processes.processes import Processes
@@ -24,59 +26,59 @@ from ..streaming.stack import BlockStack
 
 logger = logging.getLogger(__name__)
 
-_NUM_ROWS = 3
-
 _TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 1e-2}
 _TOLERANCE = 2e-5
 """Relative differences of a row's loss that other shapes of matrices make, by far; the second in fp32 and fp64."""
 
 
-def unpadded_where_needed(
-    stack: BlockStack,
-    objective: Objective,
-    given: Sample | list[Any],
-    held_out: Sequence[Any],
-    processes: Processes,
-) -> tuple[Sample | list[Any], list[Any]]:
-    """The sample and the batches held out, with rows of one length together where the model cannot be padded.
+def can_be_padded(
+    stack: BlockStack, objective: Objective, batches: Sequence[Any], losses: Sequence[RowLosses], processes: Processes
+) -> bool:
+    """Whether the row with most padding has the same loss without it; a warning is logged where it has not.
 
-    Tried with a few rows, in one forward; not at all where nothing is padded, or only a loss function of the user's
-    knows what is in a batch. A warning tells of it. All processes decide alike.
+    losses: of the rows of each batch, as a pass over these batches gave them.
+
+    Nothing is run where nothing is padded, nor where only a loss function of the user's knows what is in a batch. All
+    processes decide alike.
     """
-    batches = [*batches_of(given), *held_out]
-    padded = [batch for batch in batches if is_padded(batch)] if objective.by_row else []
-    if not padded:
-        return given, [*held_out]
-    alone, beside = _losses(stack, objective, max(padded, key=_share_of_padding))
+    row = _most_padded(batches, losses) if objective.by_row else None
+    if row is None:
+        return True
+    batch, index, beside = row
+    (alone,) = stream_losses(stack, objective, without_padding(cut_rows(batch, torch.tensor([index]))))
     floating = next(tensor.dtype for tensor in stack.model.parameters() if tensor.is_floating_point())
-    tolerance = _TOLERANCES.get(floating, _TOLERANCE)
-    differs = not bool(((alone - beside).abs() <= tolerance * alone.abs()).all())  # nor where one is NaN
-    if not any(processes.gather(differs)):
-        return given, [*held_out]
+    loss = float(alone.sums)
+    is_same = abs(loss - beside) <= _TOLERANCES.get(floating, _TOLERANCE) * abs(loss)  # False where one is NaN
+    if all(processes.gather(is_same)):
+        return True
     logger.warning(
         "%s cannot be padded: the loss of a row is %.4g alone and %.4g beside a longer one; rows of one length go"
-        " together",
+        " together, and the pass begins anew",
         type(stack.model).__name__,
-        alone[0],
-        beside[0],
+        loss,
+        beside,
     )
-    unpadded = [part for batch in held_out for part in without_padding(batch)]
+    return False
+
+
+def unpadded(given: SampleOrBatches) -> SampleOrBatches:
+    """The sample, or batches, with rows of one length together."""
     if isinstance(given, Sample):
-        return replace(given, padded=False), unpadded
-    return [part for batch in given for part in without_padding(batch)], unpadded
+        return replace(given, padded=False)
+    return [part for batch in batches_of(given) for part in without_padding(batch)]
 
 
-def _losses(stack: BlockStack, objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed losses of the shortest rows of a batch, each run alone, and together with the longest."""
-    lengths = row_lengths(batch)
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    short = order[: min(_NUM_ROWS, max(1, len(order) - 1))]
-    alone = [without_padding(cut_rows(batch, torch.tensor([row])))[0] for row in short]
-    beside = cut_rows(batch, torch.tensor([*short, order[-1]]))
-    *found, together = stream_losses(stack, objective, [*alone, beside])
-    return torch.cat([rows.sums for rows in found]), together.sums[: len(short)]
-
-
-def _share_of_padding(batch: Batch) -> float:
-    """Of the row that has most of it."""
-    return 1 - min(tokens for tokens, _ in row_lengths(batch)) / batch["input_ids"].shape[1]
+def _most_padded(batches: Sequence[Any], losses: Sequence[RowLosses]) -> tuple[Any, int, float] | None:
+    """(batch, number of the row in it, loss of the row) of the row that has most of its width in padding, of those
+    that have a term of the loss; None where nothing is padded.
+    """
+    found: tuple[float, Any, int, float] | None = None
+    for batch, known in zip(batches, losses, strict=True):
+        if not is_padded(batch):
+            continue
+        width = batch["input_ids"].shape[1] + batch["labels"].shape[-1]
+        for index, lengths in enumerate(row_lengths(batch)):
+            padding = 1 - sum(lengths) / width
+            if known.counts[index] > 0 and (found is None or padding > found[0]):
+                found = padding, batch, index, float(known.sums[index])
+    return None if found is None else found[1:]

@@ -12,8 +12,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, CpmAntConfig, CpmAntForCausalLM, FNetConfig
 
 from loraone_init import initialize, load_sample
+from loraone_init.data.batches import without_padding
 from loraone_init.gradients.classification import SequenceClassification
-from loraone_init.initialization.padding import unpadded_where_needed
+from loraone_init.gradients.stream import stream_losses
+from loraone_init.initialization.padding import can_be_padded, unpadded
 from loraone_init.models.opening import open_module
 from loraone_init.processes.processes import Alone
 from loraone_init.streaming.stack import BlockStack
@@ -53,9 +55,7 @@ def test_adapter_is_that_of_rows_one_by_one(caplog):
     batches = make_texts((9, 6), rows=3)
     with caplog.at_level(logging.WARNING):
         found = initialize(make_fnet(), batches, rank=2)
-    assert [record.getMessage().partition(": the loss of a row")[0] for record in caplog.records] == [
-        "FNetForSequenceClassification cannot be padded"
-    ]
+    assert caplog.text.count("FNetForSequenceClassification cannot be padded: the loss of a row") == 1
     expected = initialize(make_fnet(), list(one_by_one(batches)), rank=2)
     assert found.loss.sample == pytest.approx(expected.loss.sample, rel=FP32)
     for name, pair in expected.pairs.items():
@@ -77,11 +77,23 @@ def test_rows_of_a_sample_are_grouped_anew_and_a_causal_model_too(caplog):
     assert adapter.loss.sample == pytest.approx(reference_loss(model, [*one_by_one(sample.batches)]).item(), rel=FP32)
 
 
-def test_nothing_is_done_where_padding_makes_no_difference():
-    model = make_classifier("bert", torch.float32).requires_grad_(False)
+def test_one_row_alone_tells_where_padding_makes_no_difference():
+    """The row with most padding, and nothing where there is none."""
+    model = make_classifier("bert", torch.float32, num_labels=3).requires_grad_(False)
     opened = open_module(model)
     objective = SequenceClassification(model, opened.device, THREE)
-    batches = make_texts((9, 6))
-    given, held_out = unpadded_where_needed(BlockStack.of(opened), objective, batches, batches[:1], Alone())
-    assert given is batches
-    assert held_out == batches[:1]
+    batches, stack = make_texts((9, 6)), BlockStack.of(opened)
+    losses, runs = stream_losses(stack, objective, batches), []
+
+    class Recorded(SequenceClassification):
+        def forward(self, batch):
+            runs.append(tuple(batch["input_ids"].shape))
+            return super().forward(batch)
+
+    recorded = Recorded(model, opened.device, THREE)
+    assert can_be_padded(stack, recorded, batches, losses, Alone())
+    assert runs == [(1, 4)]
+    without = [part for batch in batches for part in without_padding(batch)]
+    assert can_be_padded(stack, recorded, without, stream_losses(stack, objective, without), Alone())
+    assert len(runs) == 1
+    assert unpadded(batches)[0]["attention_mask"].all()
