@@ -54,9 +54,9 @@ def one_by_one(batches):
 def test_adapter_is_that_of_rows_one_by_one(caplog):
     batches = make_texts((9, 6), rows=3)
     with caplog.at_level(logging.WARNING):
-        found = initialize(make_fnet(), batches, rank=2)
+        found = initialize(make_fnet(), batches, rank=2, gamma=128.0)
     assert caplog.text.count("FNetForSequenceClassification cannot be padded: the loss of a row") == 1
-    expected = initialize(make_fnet(), list(one_by_one(batches)), rank=2)
+    expected = initialize(make_fnet(), list(one_by_one(batches)), rank=2, gamma=128.0)
     assert found.loss.sample == pytest.approx(expected.loss.sample, rel=FP32)
     for name, pair in expected.pairs.items():
         torch.testing.assert_close(found.pairs[name].B @ found.pairs[name].A, pair.B @ pair.A, rtol=0, atol=FP32)
