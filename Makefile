@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 MODEL ?= demo
 DATA ?= examples/gsm8k.jsonl
 OUTPUT ?= adapters.safetensors
-# The published 128 is too long a step for so small a model.
-GAMMA ?= 256
+# A number, such as the paper's 128, in place of the search.
+GAMMA ?= auto
 
 .PHONY: demo test lint docs node clean
 

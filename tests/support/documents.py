@@ -16,7 +16,7 @@ COMMANDS = {
     script.name: script.load() for script in distribution("loraone-init").entry_points.select(group="console_scripts")
 }
 SMALL = {  # what a test changes in an example, so that it takes seconds
-    "gamma=256)": "gamma=256, samples=4, max_length=64)",
+    'gsm8k.jsonl")': 'gsm8k.jsonl", samples=4, held_out=2, max_length=64)',
     "samples=4, max_length=128)": "samples=4, held_out=2, max_length=32)",
     "max_length=128)": "max_length=32)",
     "samples=16)": "samples=4, held_out=2, max_length=64)",
