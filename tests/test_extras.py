@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from support.commands import Command, error_line
 
+import loraone_init.training.trainer  # noqa: F401  transformers imports its Trainer while PEFT is there
 from loraone_init.cli.train import main as train
 from loraone_init.errors import MissingPackageError
 from loraone_init.extras import require

@@ -27,6 +27,7 @@ def test_directory_is_what_the_initialisation_would_have_written(
 ) -> None:
     assert export("peft", tiny_model, initialised, "-o", tmp_path / "peft").exit_code == 0
     Adapter.load(initialised).save(tmp_path / "saved")
+    (tmp_path / "peft" / "loraone-export.yaml").unlink()
     assert content(tmp_path / "peft") == content(tmp_path / "saved")
 
 
