@@ -40,8 +40,8 @@ class LoraOneCallback(TrainerCallback):  # type: ignore[misc]
     gamma:        γ, or "auto": searched for on 16 more rows.
     optimizer:    whether the trainer's optimizer is to see preconditioned gradients (see `precondition_steps`).
     trainer:      the trainer, for what callbacks are not told: with `trainer.add_callback(LoraOneCallback(
-                  trainer=trainer))` the losses and γ go to its loggers (TensorBoard, wandb, trackio) too, and the loss
-                  of a DPOTrainer can be differentiated.
+                  trainer=trainer))` the losses and γ go to its loggers (TensorBoard, wandb, trackio) too, the loss of a
+                  DPOTrainer can be differentiated, and a `compute_loss` of another class's is seen, and refused.
     adapter_name: the adapter to initialise.
     loss:         loss(model, batch) -> (summed loss, number of terms), for a training with a loss of its own; `batch`
                   is what the collator makes, on the CPU.

@@ -17,6 +17,7 @@ INSTEAD = (
     "run loraone-init first (or initialize_peft, on the model before the trainer has it) and train from that adapter,"
     " without this callback"
 )
+_NLL = ("nll", "chunked_nll")  # the second is the first, computed in pieces, in older versions of TRL
 _ORDINARY = ("TrainingArguments", "Seq2SeqTrainingArguments", "SFTConfig")
 _COMPUTED_BY = ("Trainer", "Seq2SeqTrainer", "SFTTrainer", "DPOTrainer", "AxolotlTrainer")
 
@@ -35,7 +36,7 @@ def check_ordinary(args: Any, trainer: Any) -> None:
     kind = _kind(args)
     if kind is None:
         raise ConfigError(f"the loss of a trainer with {type(args).__name__} is not known here; {_PASS}")
-    if kind == "SFTConfig" and args.loss_type != "nll":
+    if kind == "SFTConfig" and args.loss_type not in _NLL:
         raise ConfigError(f"loss_type={args.loss_type!r} is another loss; {_PASS}")
     _check_owner(trainer)
 
