@@ -115,6 +115,8 @@ def _num_positions(model: nn.Module) -> int | None:
     if getattr(config, "rope_parameters", None) is not None:
         return None
     declared: int | None = getattr(config, "max_position_embeddings", None)
+    if declared is not None and declared < 1:  # XLNet's way to say that there are none
+        return None
     paddings = [
         getattr(module, "padding_idx", None)
         for name, module in model.named_modules()
