@@ -106,7 +106,10 @@ def check_tokens(model: nn.Module, sequences: Sequence[torch.Tensor]) -> None:
 
 def _num_embeddings(model: nn.Module) -> int | None:
     getter: Any = getattr(model, "get_input_embeddings", None)
-    return getattr(getter(), "num_embeddings", None) if callable(getter) else None
+    try:
+        return getattr(getter(), "num_embeddings", None) if callable(getter) else None
+    except NotImplementedError:  # models that have no such table
+        return None
 
 
 def _num_positions(model: nn.Module) -> int | None:
