@@ -18,7 +18,7 @@ from .shrink import VARIANTS, Variant, shrink
 
 MAX_PARAMETERS = 120_000_000
 NUM_WORDS = 97
-PADDING = 0
+PADDING, START = 0, 2
 LENGTHS = ((4, 9), (4, 9), (2, 5), (3, 12))
 """(words of the prompt, of the completion) of each row: some of one length, some not."""
 
@@ -54,9 +54,12 @@ def make_model(kind: Kind, model_type: str) -> Any:
 def _make(kind: Kind, model_type: str, variant: Variant) -> Any:
     auto = make_class(kind)
     config = shrink(CONFIG_MAPPING[model_type](), variant)
-    for name in ("decoder_start_token_id", "pad_token_id"):  # as all published checkpoints have them
+    for name, token in (
+        ("decoder_start_token_id", START),
+        ("pad_token_id", PADDING),
+    ):  # published checkpoints have them
         if getattr(config, "is_encoder_decoder", False) and getattr(config, name, None) is None:
-            setattr(config, name, PADDING)
+            setattr(config, name, token)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > MAX_PARAMETERS:

@@ -50,6 +50,8 @@ def run_case(kind: Kind, model_type: str, rank: int) -> dict[str, Any]:
         record |= {"ended": "crashed", "why": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
     finally:
         shutil.rmtree(directory)
+    if "why" in record:
+        record["why"] = record["why"].replace(str(directory / "model"), "MODEL")
     return record
 
 

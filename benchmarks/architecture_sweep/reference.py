@@ -49,10 +49,11 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], task: Task) -> torch.T
 
 
 def logits_of(model: nn.Module, batch: Batch, task: Task) -> torch.Tensor:
-    """Of an encoder-decoder, the decoder reads what the model's own loss has it read: the model is given the labels."""
+    """Of an encoder-decoder, the decoder reads what the collator gives it, else what the model's loss does."""
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if task == "seq2seq-lm":
-        inputs["labels"] = batch["labels"]
+        inputs |= {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
     if task != "sequence-classification":
         inputs["use_cache"] = False
     logits: torch.Tensor = model(**inputs, return_dict=True).logits

@@ -61,10 +61,13 @@ class CausalLM:
         """The decoder's output, hidden states (batch, tokens, hidden) in it; the logits if no decoder is known."""
         try:
             with model_runs(self._model):
-                return self._model(**self._inputs(batch), use_cache=False, return_dict=True)
+                output = self._model(**self._inputs(batch), use_cache=False, return_dict=True)
         except _DecoderReturned as reached:
             self._check_read(reached.read, batch)
             return reached.output
+        self._decoder = None  # it was not called: the model calls parts of it
+        self._check_read(None, batch)
+        return output
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {key: value.to(self._device) for key, value in batch.items() if key != "labels"}

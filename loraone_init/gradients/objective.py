@@ -116,7 +116,10 @@ def check_tokens(model: nn.Module, sequences: Sequence[torch.Tensor]) -> None:
 
 def _num_embeddings(model: nn.Module) -> int | None:
     getter: Any = getattr(model, "get_input_embeddings", None)
-    return getattr(getter(), "num_embeddings", None) if callable(getter) else None
+    try:
+        return getattr(getter(), "num_embeddings", None) if callable(getter) else None
+    except NotImplementedError:  # models that have no such table
+        return None
 
 
 def _num_positions(model: nn.Module) -> int | None:
@@ -125,6 +128,8 @@ def _num_positions(model: nn.Module) -> int | None:
     if getattr(config, "rope_parameters", None) is not None:
         return None
     declared: int | None = getattr(config, "max_position_embeddings", None)
+    if declared is not None and declared < 1:  # XLNet's way to say that there are none
+        return None
     paddings = [
         getattr(module, "padding_idx", None)
         for name, module in model.named_modules()

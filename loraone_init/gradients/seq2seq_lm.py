@@ -38,15 +38,15 @@ class Seq2SeqLM(CausalLM):
         return {**super()._inputs(batch), **read}
 
     def _check_read(self, tokens: Any, batch: Batch) -> None:
-        """Some models shift the input in the place of labels (FSMT)."""
-        labels = batch["labels"].to(self._device)
-        shape = getattr(tokens, "shape", None)
-        if self._shift is None and shape is not None and tokens.dtype == labels.dtype:
-            before = labels[:, :-1]
-            if shape != labels.shape or bool(((tokens[:, 1:] != before) & (before != IGNORED)).any()):
-                raise ModelError(
-                    f"{type(self._model).__name__} does not give its labels to its decoder, shifted by one; pass loss="
-                )
+        """Some models shift the input in the place of labels (FSMT); of others it cannot be told."""
+        labels, name = batch["labels"].to(self._device), type(self._model).__name__
+        if self._shift is not None:
+            return
+        if not isinstance(tokens, torch.Tensor) or tokens.dtype != labels.dtype:
+            raise ModelError(f"it cannot be told what tokens the decoder of {name} reads; pass loss=")
+        before = labels[:, :-1]
+        if tokens.shape != labels.shape or bool(((tokens[:, 1:] != before) & (before != IGNORED)).any()):
+            raise ModelError(f"{name} does not give its labels to its decoder, shifted by one; pass loss=")
 
     def _labels(self, batch: Batch) -> torch.Tensor:
         return batch["labels"]

@@ -80,7 +80,7 @@ def load_rest(
     tied = resolve_ties(model, names)
     _check_missing(model, head, missing_tensors(model, names))
     _compute_buffers(model, names, device)  # first: it would initialise weights that are there already anew
-    _compute_parameters(model, names | tied.keys(), device)
+    _compute_parameters(model, head, names | tied.keys(), device)
     prefixes = tuple(f"{block}." for block in blocks)
     reader.load([name for name in names if not name.startswith(prefixes)], device)
     for target, source in tied.items():
@@ -153,11 +153,14 @@ def _initialize(model: PreTrainedModel, paths: set[str]) -> None:
             initialize(owner, modules[path])
 
 
-def _compute_parameters(model: PreTrainedModel, present: set[str], device: torch.device) -> None:
-    """Parameters that are computed, not stored (Marian's sinusoidal positions): by the model's own initialisation."""
+def _compute_parameters(model: PreTrainedModel, head: Head, present: set[str], device: torch.device) -> None:
+    """Parameters that are computed, not stored (Marian's sinusoidal positions): by the model's own initialisation.
+
+    Those of a head that the checkpoint lacks are drawn, later.
+    """
     for path, module in model.named_modules():
-        computed = [leaf for leaf in module._parameters if f"{path}.{leaf}".lstrip(".") not in present]
-        computed = [leaf for leaf in computed if module._parameters[leaf] is not None]
+        names = {leaf: f"{path}.{leaf}".lstrip(".") for leaf, value in module._parameters.items() if value is not None}
+        computed = [leaf for leaf, name in names.items() if name not in present and not head.will_draw(name)]
         for leaf in computed:
             empty = torch.empty_like(module._parameters[leaf], device=device)
             module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)

@@ -122,6 +122,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
         *("scaling", "captured_energy_min", "captured_energy_median", "largest_sine", "layers_without_gap", "growth"),
         *(
             "layers_not_spectral",
+            "vision_layers_left_out",
             "sample",
             "loss",
             "warning",
@@ -135,6 +136,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
     }
     assert (found["output"], found["output_bytes"]) == (str(output), output.stat().st_size)
     assert (found["layers"], found["parameters"]) == (len(adapter.pairs), adapter.num_parameters)
+    assert found["vision_layers_left_out"] == 0
     assert (found["rank"], found["alpha"], found["gamma"], found["scaling"]) == (8, 16.0, 128.0, "rslora")
     assert found["loss"]["before"] == adapter.loss.before > adapter.loss.after == found["loss"]["after"]
     assert found["base"] == str(tiny_model.resolve())
