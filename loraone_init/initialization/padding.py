@@ -12,11 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..choosing.growing import batches_of
-from ..data.batches import Batch, is_padded, row_lengths, without_padding
+from ..data.batches import IGNORED, Batch, is_padded, row_lengths, without_padding
 from ..data.pieces import cut_rows
 from ..data.sample import Sample
+from ..gradients.causal_lm import CausalLM
 from ..gradients.objective import Objective
 from ..gradients.stream import stream_losses
 from ..processes.processes import Processes
@@ -47,18 +49,21 @@ def unpadded_where_needed(
     padded = [batch for batch in batches if is_padded(batch)] if objective.by_row else []
     if not padded:
         return given, [*held_out]
-    alone, beside = _losses(stack, objective, max(padded, key=_share_of_padding))
-    floating = next(tensor.dtype for tensor in stack.model.parameters() if tensor.is_floating_point())
-    tolerance = _TOLERANCES.get(floating, _TOLERANCE)
-    differs = not bool(((alone - beside).abs() <= tolerance * alone.abs()).all())  # nor where one is NaN
-    if not any(processes.gather(differs)):
+    rows, beside = _shortest_and_longest(max(padded, key=_share_of_padding))
+    *found, together = stream_losses(stack, objective, [*rows, beside])
+    pairs = list(zip((float(losses.sums) for losses in found), together.sums.tolist(), strict=False))
+    tolerance = _tolerance(stack.model)
+    differing = next((pair for pair in pairs if _differ(*pair, tolerance)), None)
+    if not any(processes.gather(differing is not None)):
         return given, [*held_out]
     logger.warning(
         "%s cannot be padded: the loss of a row is %.4g alone and %.4g beside a longer one; rows of one length go"
-        " together",
+        " together%s",
         type(stack.model).__name__,
-        alone[0],
-        beside[0],
+        *(differing or pairs[0]),
+        "; its loss is no causal language model's, since it sees the tokens that it is to predict"
+        if type(objective) is CausalLM and _sees_ahead(stack, objective, rows[-1], tolerance)
+        else "",
     )
     unpadded = [part for batch in held_out for part in without_padding(batch)]
     if isinstance(given, Sample):
@@ -66,15 +71,33 @@ def unpadded_where_needed(
     return [part for batch in given for part in without_padding(batch)], unpadded
 
 
-def _losses(stack: BlockStack, objective: Objective, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed losses of the shortest rows of a batch, each run alone, and together with the longest."""
+def _shortest_and_longest(batch: Batch) -> tuple[list[Batch], Batch]:
+    """The shortest rows of a batch, each by itself without padding, and a batch of them and of the longest."""
     lengths = row_lengths(batch)
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     short = order[: min(_NUM_ROWS, max(1, len(order) - 1))]
     alone = [without_padding(cut_rows(batch, torch.tensor([row])))[0] for row in short]
-    beside = cut_rows(batch, torch.tensor([*short, order[-1]]))
-    *found, together = stream_losses(stack, objective, [*alone, beside])
-    return torch.cat([rows.sums for rows in found]), together.sums[: len(short)]
+    return alone, cut_rows(batch, torch.tensor([*short, order[-1]]))
+
+
+def _sees_ahead(stack: BlockStack, objective: Objective, row: Batch, tolerance: float) -> bool:
+    """Whether the loss of all tokens but the last changes with the last."""
+    ids, labels = row["input_ids"].clone(), row["labels"].clone()
+    labels[:, ids.shape[1] - 1 :] = IGNORED
+    ids[:, -1] = next((token for token in ids[0].tolist() if token != ids[0, -1]), 0)  # any other
+    known = {**row, "labels": labels}
+    before, after = stream_losses(stack, objective, [known, {**known, "input_ids": ids}])
+    return _differ(float(before.sums), float(after.sums), tolerance)
+
+
+def _differ(one: float, other: float, tolerance: float) -> bool:
+    """Also where one of them is no number."""
+    return not abs(one - other) <= tolerance * abs(one)
+
+
+def _tolerance(model: nn.Module) -> float:
+    floating = next(tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    return _TOLERANCES.get(floating, _TOLERANCE)
 
 
 def _share_of_padding(batch: Batch) -> float:
