@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..choosing.growing import SampleOrBatches, batches_of
-from ..data.batches import is_padded, row_lengths, without_padding
+from ..data.batches import IGNORED, Batch, is_padded, row_lengths, without_padding
 from ..data.pieces import cut_rows
 from ..data.sample import Sample
+from ..gradients.causal_lm import CausalLM
 from ..gradients.losses import RowLosses
 from ..gradients.objective import Objective
 from ..gradients.stream import stream_losses
@@ -45,18 +47,19 @@ def can_be_padded(
     if row is None:
         return True
     batch, index, beside = row
-    (alone,) = stream_losses(stack, objective, without_padding(cut_rows(batch, torch.tensor([index]))))
-    floating = next(tensor.dtype for tensor in stack.model.parameters() if tensor.is_floating_point())
-    loss = float(alone.sums)
-    is_same = abs(loss - beside) <= _TOLERANCES.get(floating, _TOLERANCE) * abs(loss)  # False where one is NaN
-    if all(processes.gather(is_same)):
+    (alone,) = without_padding(cut_rows(batch, torch.tensor([index])))
+    loss, tolerance = _loss_of(stack, objective, alone), _tolerance(stack.model)
+    if all(processes.gather(_is_same(loss, beside, tolerance))):
         return True
     logger.warning(
         "%s cannot be padded: the loss of a row is %.4g alone and %.4g beside a longer one; rows of one length go"
-        " together, and the pass begins anew",
+        " together, and the pass begins anew%s",
         type(stack.model).__name__,
         loss,
         beside,
+        "; its loss is no causal language model's, since it sees the tokens that it is to predict"
+        if type(objective) is CausalLM and _sees_ahead(stack, objective, alone, tolerance)
+        else "",
     )
     return False
 
@@ -66,6 +69,33 @@ def unpadded(given: SampleOrBatches) -> SampleOrBatches:
     if isinstance(given, Sample):
         return replace(given, padded=False)
     return [part for batch in batches_of(given) for part in without_padding(batch)]
+
+
+def _loss_of(stack: BlockStack, objective: Objective, row: Batch) -> float:
+    (losses,) = stream_losses(stack, objective, [row])
+    return float(losses.sums)
+
+
+def _sees_ahead(stack: BlockStack, objective: Objective, row: Batch, tolerance: float) -> bool:
+    """Whether the loss of all tokens but the last changes with the last."""
+    ids, labels = row["input_ids"].clone(), row["labels"].clone()
+    labels[:, ids.shape[1] - 1 :] = IGNORED
+    if bool((labels[:, 1:] == IGNORED).all()):
+        return False
+    ids[:, -1] = next((token for token in ids[0].tolist() if token != ids[0, -1]), 0)  # any other
+    known = {**row, "labels": labels}
+    before, after = (_loss_of(stack, objective, each) for each in (known, {**known, "input_ids": ids}))
+    return not _is_same(before, after, tolerance)
+
+
+def _is_same(one: float, other: float, tolerance: float) -> bool:
+    """False where one of them is not a number."""
+    return abs(one - other) <= tolerance * abs(one)
+
+
+def _tolerance(model: nn.Module) -> float:
+    floating = next(tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    return _TOLERANCES.get(floating, _TOLERANCE)
 
 
 def _most_padded(batches: Sequence[Any], losses: Sequence[RowLosses]) -> tuple[Any, int, float] | None:

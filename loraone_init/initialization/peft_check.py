@@ -10,7 +10,8 @@ import copy
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,8 +115,8 @@ class _Trial:
 
     def _held(self, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """The targets whose factors are in their places after loading. Raises _RefusedError."""
-        import peft
-
+        with _quiet():
+            import peft
         copied = self._copied()
         experts = expert_stacks(targets)
         ranks = {name: min(self.config.rank, *layer_shape(module)) for name, module in targets.items()}
@@ -131,8 +132,7 @@ class _Trial:
             by_parameter=renamed_targets(self.model, targets),
         )
         del content["peft_type"]
-        with warnings.catch_warnings(), others_errors(_refused):
-            warnings.simplefilter("ignore")
+        with _quiet(), others_errors(_refused):
             attached = peft.PeftModel(copied, peft.LoraConfig(**content), low_cpu_mem_usage=True)
             factors = {
                 f"{PREFIX}{path}.{factor}.weight": torch.empty(shape, device="meta")
@@ -157,6 +157,19 @@ class _Trial:
         with others_errors(lambda error: _CannotCopyError(describe(error))):
             copied: nn.Module = copy.deepcopy(self.model, memo)
         return copied
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, there are no warnings, logged or other: PEFT imports all libraries that it knows, and these complain."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _refused(error: Exception) -> _RefusedError:

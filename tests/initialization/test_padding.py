@@ -74,6 +74,7 @@ def test_rows_of_a_sample_are_grouped_anew_and_a_causal_model_too(caplog):
     with caplog.at_level(logging.WARNING):
         adapter = initialize(model, sample, rank=2, block_path="cpmant.encoder.layers")
     assert "CpmAntForCausalLM cannot be padded" in caplog.text
+    assert "its loss is no causal language model's, since it sees the tokens that it is to predict" in caplog.text
     assert adapter.loss.sample == pytest.approx(reference_loss(model, [*one_by_one(sample.batches)]).item(), rel=FP32)
 
 
