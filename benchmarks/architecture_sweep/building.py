@@ -54,10 +54,8 @@ def make_model(kind: Kind, model_type: str) -> Any:
 def _make(kind: Kind, model_type: str, variant: Variant) -> Any:
     auto = make_class(kind)
     config = shrink(CONFIG_MAPPING[model_type](), variant)
-    for name, token in (
-        ("decoder_start_token_id", START),
-        ("pad_token_id", PADDING),
-    ):  # published checkpoints have them
+    published = {"decoder_start_token_id": START, "pad_token_id": PADDING}  # in all checkpoints, not in all classes
+    for name, token in published.items():
         if getattr(config, "is_encoder_decoder", False) and getattr(config, name, None) is None:
             setattr(config, name, token)
     with torch.device("meta"):

@@ -174,6 +174,8 @@ def test_model_without_recognisable_blocks_needs_a_block_path(tmp_path, monkeypa
     monkeypatch.setattr("loraone_init.models.blocks.is_checkpointing_layer", lambda module: False)
     directory = save(make_model("llama", torch.float32), tmp_path)
     monkeypatch.setattr("loraone_init.models.blocks.unsplit_classes", lambda model: set())
+    assert open_model(str(directory), weights=False).blocks == tuple(f"model.layers.{i}" for i in range(3))
+    monkeypatch.setattr("loraone_init.models.blocks._alike", lambda model, at_least: [])
     with pytest.raises(ModelError, match=r"`block_path`.*model\.layers \(3\)"):
         open_model(str(directory))
     assert open_model(str(directory), block_path="model.layers").blocks == (*(f"model.layers.{i}" for i in range(3)),)
