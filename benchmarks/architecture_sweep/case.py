@@ -20,6 +20,7 @@ from loraone_init.data.options import DataOptions
 from loraone_init.errors import LoraOneError
 from loraone_init.initialization import layer_starts
 from loraone_init.layers.targets import is_conv1d, select_targets
+from loraone_init.linalg.layer_gradient import LayerGradient
 from loraone_init.tasks import Task
 
 from .building import make_model, save_checkpoint, write_rows
@@ -83,13 +84,17 @@ def _run(kind: Kind, model_type: str, rank: int, directory: Path, record: dict[s
 def _recorded() -> Iterator[dict[str, torch.Tensor]]:
     """Inside, the gradients that layers' factors are made of are kept, by layer."""
     found: dict[str, torch.Tensor] = {}
-    decompose = layer_starts.decompose
+    decompose_layers = layer_starts.decompose_layers
 
-    def keep(gradient: Any, *arguments: Any) -> Any:
-        found[gradient.name] = gradient.G.clone()
-        return decompose(gradient, *arguments)
+    def kept(gradients: Iterator[LayerGradient]) -> Iterator[LayerGradient]:
+        for gradient in gradients:
+            found[gradient.name] = gradient.G.clone()
+            yield gradient
 
-    with mock.patch("loraone_init.initialization.passes.decompose", keep):
+    def keep(gradients: Iterator[LayerGradient], *arguments: Any) -> Any:
+        return decompose_layers(kept(gradients), *arguments)
+
+    with mock.patch("loraone_init.initialization.passes.decompose_layers", keep):
         yield found
 
 

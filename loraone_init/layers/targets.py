@@ -25,24 +25,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return (isinstance(module, nn.Linear) and gives_products(module)) or is_conv1d(module)
-
-
-def gives_products(layer: nn.Linear) -> bool:
-    """Whether x (n, in) becomes one tensor (n, out), as far as shapes tell.
-
-    Asked of the layers of transformers' models that have a forward of their own: some are routers, which return several
-    tensors, and some multiply groups of the input with parts of the weight. PEFT takes all of them for linear layers.
-    """
-    if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith("transformers.models."):
-        return True
-    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in layer.state_dict().items()}
-    x = torch.empty(2, layer.in_features, device="meta", dtype=layer.weight.dtype)
-    try:
-        y = torch.func.functional_call(layer, tensors, (x,))
-    except Exception:  # whatever it is that it takes, it is not x
-        return False
-    return isinstance(y, torch.Tensor) and y.shape == (2, layer.out_features)
+    return (isinstance(module, nn.Linear) and computes_linearly(module)) or is_conv1d(module)
 
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
@@ -54,24 +37,24 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     return (second, first) if is_conv1d(module) else (first, second)
 
 
-def computes_linearly(module: nn.Module) -> bool:
+def computes_linearly(layer: nn.Linear) -> bool:
     """Whether a linear layer with a forward of its own takes (…, in) to (…, out); the others do.
 
-    Tried without storage. Layers of several groups (DeepSeek V4) and routers that return a choice do not.
+    Tried without storage. Layers of several groups (DeepSeek V4) and routers that return a choice (Llama 4, PhiMoE) do
+    not, though PEFT takes all of them for linear layers.
     """
-    weight = module.weight
-    if type(module).forward is nn.Linear.forward or is_conv1d(module) or type(weight) is not nn.Parameter:
+    if type(layer).forward is nn.Linear.forward or type(layer.weight) is not nn.Parameter:  # the latter are quantized
         return True
-    memo = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*module.parameters(), *module.buffers())}
-    x = torch.empty(2, 3, layer_shape(module)[1], device="meta", dtype=weight.dtype)
+    memo = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*layer.parameters(), *layer.buffers())}
+    x = torch.empty(2, 3, layer.in_features, device="meta", dtype=layer.weight.dtype)
     try:
         with torch.no_grad():
-            y = copy.deepcopy(module, memo)(x)
+            y = copy.deepcopy(layer, memo)(x)
     except NotImplementedError:  # an operation that needs storage
         return True
     except (RuntimeError, TypeError, ValueError):
         return False
-    return isinstance(y, torch.Tensor) and y.shape == (2, 3, layer_shape(module)[0])
+    return isinstance(y, torch.Tensor) and y.shape == (2, 3, layer.out_features)
 
 
 def select_targets(
@@ -101,7 +84,12 @@ def select_targets(
         if not f"{name}.".startswith(whole)
     }
     experts = {name.rpartition(".")[0]: module for name, module in fused.items()}
-    _check_names(target_modules, linear | experts, linear)
+    other_forms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not is_linear(module) and not f"{name}.".startswith(whole)
+    }
+    _check_names(target_modules, linear | experts | other_forms, linear)
     _check_names(exclude_modules, dict(model.named_modules()) | fused, linear)
 
     def matches(name: str, wanted: str | tuple[str, ...]) -> bool:
@@ -110,11 +98,16 @@ def select_targets(
     if target_modules == ALL_LINEAR:
         head = output_embedding(model)
         chosen = {name: module for name, module in linear.items() if module is not head}
-        _warn_of_others(model)
+        _warn_of_others(model, {name: m for name, m in other_forms.items() if not matches(name, exclude_modules)})
     else:
         chosen = {name: module for name, module in linear.items() if matches(name, target_modules)}
+        asked = (name for name in other_forms if matches(name, target_modules) and not matches(name, exclude_modules))
+        if (name := next(asked, None)) is not None:
+            raise ModelError(
+                f"layer {name}, a {type(other_forms[name]).__name__}, is no plain linear layer, so that LoRA does not"
+                f' fit; leave it out with `exclude_modules="{name.rpartition(".")[2]}"`'
+            )
     chosen = {name: module for name, module in chosen.items() if not matches(name, exclude_modules)}
-    chosen = _without_other_forms(chosen, fused, by_name=target_modules != ALL_LINEAR)
     if not chosen:
         wanted = target_modules if isinstance(target_modules, str) else ",".join(target_modules)
         without = f" without {exclude_modules!r}" if exclude_modules else ""
@@ -147,32 +140,13 @@ def _layers(name: str, module: nn.Module, fused: bool) -> dict[str, nn.Module]:
     return {expert_name(name, e): layer for e, layer in enumerate(expert_layers(module, name.rpartition(".")[2]))}
 
 
-def _warn_of_others(model: nn.Module) -> None:
+def _warn_of_others(model: nn.Module, other_forms: dict[str, nn.Module]) -> None:
+    """Tell which layers are left out, one of each kind by name."""
     experts = {type(module).__name__: name for name, module in model.named_modules() if is_other_experts(module)}
     for kind, name in experts.items():
         logger.warning("%s and all other %s are left out: their form of fused experts is not known here", name, kind)
-    layers = {
-        type(module).__name__: name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not gives_products(module)
-    }
-    for kind, name in layers.items():
-        logger.warning("%s and all other %s are left out: they give no product of input and weight", name, kind)
-
-
-def _without_other_forms(
-    chosen: dict[str, nn.Module], fused: dict[str, nn.Module], by_name: bool
-) -> dict[str, nn.Module]:
-    """Without the layers that compute something else. Raises ModelError where those were asked for by name."""
-    others = [name for name, module in chosen.items() if name not in fused and not computes_linearly(module)]
-    if others and by_name:
-        raise ModelError(
-            f"layer {others[0]}, a {type(chosen[others[0]]).__name__}, is no plain linear layer, so that LoRA does"
-            f' not fit; leave it out with `exclude_modules="{others[0].rpartition(".")[2]}"`'
-        )
-    for kind, name in {type(chosen[name]).__name__: name for name in reversed(others)}.items():
+    for kind, name in {type(module).__name__: name for name, module in reversed(other_forms.items())}.items():
         logger.warning("%s and all other %s are left out: they compute something else than x·Wᵀ", name, kind)
-    return {name: module for name, module in chosen.items() if name not in others}
 
 
 def _check_names(wanted: str | tuple[str, ...], modules: dict[str, nn.Module], linear: dict[str, nn.Module]) -> None:
