@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loraone_init.atomic import atomic_directory
-from loraone_init.errors import ConfigError, ExportError
+from loraone_init.errors import ConfigError, ExportError, OutputError
 from loraone_init.layers.experts import is_fused_experts, is_other_experts
 
 from ..base_model import AUTO_CLASSES, BaseModel
@@ -53,6 +53,7 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
         check_builder((base.config.architectures or [type(base.module).__name__])[0])
     else:
         refuse_experts(base)
+    _refuse_other_graphs(output, _task(base), options)
     with atomic_directory(output) as directory:
         with tempfile.TemporaryDirectory(prefix=".merged.", dir=directory) as merged:
             write_merged(base, lora, Path(merged), "fp32")
@@ -70,6 +71,17 @@ def export_onnx(base: BaseModel, lora: LoraWeights, output: Path, options: OnnxO
         "difference": ", ".join(f"{found:.2g}" for found in largest.values()),
         "bytes": num_bytes,
     }
+
+
+def _refuse_other_graphs(output: Path, task: OnnxTask, options: OnnxOptions) -> None:
+    """Raise OutputError where graphs of an earlier export would stay beside those of this one."""
+    written = {in_dtype(path, dtype) for path in task.graphs for dtype in options.dtypes}
+    stay = [file for file in sorted(output.glob("onnx/*.onnx")) if file.relative_to(output) not in written]
+    if stay:
+        raise OutputError(
+            f"{stay[0]} would stay beside the graphs of this export, and be taken for one of them; move it away, or"
+            " choose another output"
+        )
 
 
 def _write_graphs(merged: Path, directory: Path, base: BaseModel, options: OnnxOptions) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..choosing.sample_size import Growth
 from ..config import AUTO, Auto, InitConfig, Schedule
 from ..data.sample import Sample
 from ..initialization.estimate import estimate_memory, estimate_seconds, matrix_rate
-from ..initialization.evaluation import expected_passes
+from ..initialization.evaluation import expected_passes, num_evaluated
 from ..initialization.layer_starts import rank_limits
 from ..initialization.peft_check import taken_by_peft
 from ..initialization.schedule import choose_schedule
@@ -43,11 +43,11 @@ def plan(
     targets = select_targets(
         opened.module, config.target_modules, config.exclude_modules, opened.saved, config.vision_layers
     )
-    targets = taken_by_peft(opened.module, targets, config)
+    targets = taken_by_peft(opened.module, targets, config, opened.directory)
     config, limits = rank_limits(targets, config)
     budget = config.rank_budget
     ranks = sum(limits.values()) if budget is None else budget.total(len(limits))
-    each = limits if budget is None else dict.fromkeys(limits, ranks / len(limits))
+    own_ranks = limits if budget is None else dict.fromkeys(limits, ranks / len(limits))
     kinds = Counter((_kind(name, module), layer_shape(module)) for name, module in targets.items())
     chosen = choose_schedule(
         schedule, opened, targets, [*sample.batches, *sample.held_out_batches], max_memory, growth is not None, limits
@@ -55,13 +55,13 @@ def plan(
     sizes = growth.sizes(len(sample.rows)) if growth else [len(sample.rows)]
     program = used_memory(opened.device)
     held_out = len(sample.held_out)
-    evaluated = held_out * expected_passes(config.gamma, held_out=True) if held_out else None
+    evaluated = (held_out or num_evaluated(len(sample.rows))) * expected_passes(config.gamma, bool(held_out))
     more_samples, rate = sum(sizes) / sizes[-1], matrix_rate(opened.device)
     costs = {}
-    for each in get_args(Schedule):
-        memory = estimate_memory(opened, targets, sample.batches, growth is not None, limits, each, chosen.most_tokens)
-        seconds = estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated, each, rate)
-        costs[each] = {"memory_bytes": program + memory.total, "seconds": round(seconds * more_samples, 1)}
+    for kind in get_args(Schedule):
+        memory = estimate_memory(opened, targets, sample.batches, growth is not None, limits, kind, chosen.most_tokens)
+        seconds = estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated, kind, rate)
+        costs[kind] = {"memory_bytes": program + memory.total, "seconds": round(seconds * more_samples, 1)}
     return {
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
@@ -70,7 +70,7 @@ def plan(
         "smaller_ranks": {} if budget else {name: rank for name, rank in limits.items() if rank < config.rank},
         "gamma": config.gamma,
         "rank_budget": None if budget is None else {"total": ranks, "least": 1, "most": max(limits.values())},
-        "parameters": _count_parameters(targets, each),
+        "parameters": _count_parameters(targets, own_ranks),
         "sample": sample.facts(),
         "growth": {"samples": sizes, "tolerance": growth.tolerance} if growth else None,
         "device": str(opened.device),

@@ -178,8 +178,7 @@ def main(**given: Any) -> None:
     options = _settle_ranks(InitOptions(**given))
     if options.output is None and not options.dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
-    if options.samples != AUTO and (options.max_samples or options.sample_tolerance):
-        raise click.UsageError("--max-samples and --sample-tolerance are for --samples auto.")
+    options = _settle_samples(options)
     check_private(options)
     if "LOCAL_RANK" in os.environ:  # torchrun: else torch adds a trace of its own to the line on a lost rank
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -198,6 +197,17 @@ def _settle_ranks(options: InitOptions) -> InitOptions:
     if source is context.get_parameter_source("rank_budget"):
         raise click.UsageError("--rank and --rank-budget exclude each other.")
     return options if given_in_file(context, "rank") else replace(options, rank_budget=None)
+
+
+def _settle_samples(options: InitOptions) -> InitOptions:
+    """Refuses options of --samples auto without it, unless they are from a file whose --samples is not meant."""
+    context = click.get_current_context()
+    if options.samples == AUTO:
+        return options
+    for name in ("max_samples", "sample_tolerance"):
+        if getattr(options, name) is not None and not given_in_file(context, name):
+            raise click.UsageError("--max-samples and --sample-tolerance are for --samples auto.")
+    return replace(options, max_samples=None, sample_tolerance=None)
 
 
 def _run(processes: Processes, options: InitOptions) -> None:
@@ -257,15 +267,15 @@ def _run(processes: Processes, options: InitOptions) -> None:
         if not is_main:
             return
         with monitor.timed("save"):
-            recorded = recorded_options(options, adapter.base.get("name"))
+            recorded = recorded_options(options, options.base_name)
             adapter = replace(adapter, run=without_machine(recorded))
             adapter.save(output, overwrite=options.overwrite)
             write_record(record_file(output, is_file=is_single_file(output)), recorded)
+    _tell_paths(adapter, output, is_published=repository is not None)
     published = None if repository is None else push(repository, adapter, recorded, output)
     left_out = 0 if config.vision_layers else left_out_layers(opened.module)
     summary = summarize(adapter, output, monitor, peaks, opened.opened_from, left_out)
     summary["published"] = published
-    _tell_paths(adapter, output)
     if not options.quiet or options.as_json:
         print_summary(summary, options.as_json)
     print_warning(summary)
@@ -323,15 +333,15 @@ def _open(processes: Processes, options: InitOptions, max_bytes: int | None, lab
     )
 
 
-def _tell_paths(adapter: Adapter, output: Path) -> None:
+def _tell_paths(adapter: Adapter, output: Path, is_published: bool) -> None:
     """Say which paths of this machine the adapter holds: whoever publishes it publishes them.
 
-    A PEFT directory is what people publish, so that it gets a warning.
+    A PEFT directory is what people publish, so that it gets a warning; so does what is published at once.
     """
     from ..adapter.files import is_single_file
 
     base, data = adapter.base.get("name"), adapter.sample.get("source")
-    level = logging.INFO if is_single_file(output) else logging.WARNING
+    level = logging.INFO if is_single_file(output) and not is_published else logging.WARNING
     if base is not None and os.path.isabs(base):
         logger.log(level, "The adapter names its base by a path on this machine, %s; --base-name gives another", base)
     if data is not None and os.path.isabs(data):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import OutputError
-from .run_record import record_file, write_record
+from .run_record import record_file, without_paths, write_record
 
 if TYPE_CHECKING:
     from ..adapter.adapter import Adapter
@@ -37,12 +37,15 @@ def check_push(options: InitOptions | TrainCommand) -> Repository | None:
 
 
 def push(repository: Repository, adapter: Adapter | PlainAdapter, recorded: Mapping[str, Any], output: Path) -> str:
-    """Publish an adapter that is written to `output` as a PEFT directory, whatever its form there; the address."""
+    """Publish an adapter that is written to `output` as a PEFT directory, whatever its form there; the address.
+
+    recorded: the run's options, of which those that are paths of this machine are not published.
+    """
     from ..adapter.hub import upload
 
     def save(directory: Path) -> None:
         adapter.save(directory, overwrite=True)
-        write_record(record_file(directory, is_file=False), recorded)
+        write_record(record_file(directory, is_file=False), without_paths(recorded))
 
     try:
         return upload(repository, save)

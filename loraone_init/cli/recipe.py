@@ -41,9 +41,12 @@ def _apply(context: click.Context, _: click.Parameter, name: str | None) -> None
         context.exit()
     if name is not None:
         try:
-            given = context.default_map  # of --config, which comes before the recipe
+            given = context.default_map or {}  # of --config, which comes before the recipe
             apply_entries(context, parse_entries(recipe_text(name), f"recipe {name}"), f"recipe {name}")
-            context.default_map = {**(context.default_map or {}), **(given or {})}
+            ranks = {"rank", "rank_budget"}  # which exclude each other
+            dropped = ranks if ranks & given.keys() else set()
+            own = {key: value for key, value in (context.default_map or {}).items() if key not in dropped}
+            context.default_map = {**own, **given}
         except ConfigError as error:
             fail(str(error), verbose=False)
 

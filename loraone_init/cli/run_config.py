@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 _FILE = "loraone_init.config"  # in click's context
 _MAX_BYTES = 2**20
 _NOT_IN_FILES = ("config", "version", "help", "recipe")
+_NOT_FROM_ADAPTERS = (
+    *("output", "overwrite", "dry-run", "push-to-hub", "private", "token"),
+    *("as-json", "json", "quiet", "verbose"),
+)
+"""An adapter may be a stranger's: it does not say where anything is written or published. None of ours says so."""
 _TAG = "tag:yaml.org,2002:"
 _TAGS = ("bool", "float", "int", "map", "null", "seq", "str", "timestamp")
 
@@ -152,7 +157,14 @@ def _entries_of_adapter(path: Path) -> list[Entry]:
         raise ConfigError(f"{path} holds no record of loraone-init, whose options could be taken") from error
     if not record.run:
         raise ConfigError(f"{path} was not made by the command loraone-init, or by an older one; it holds no options")
-    return [Entry(_normal(key), value if isinstance(value, bool) else str(value)) for key, value in record.run.items()]
+    entries = [
+        Entry(_normal(key), value if isinstance(value, bool) else str(value)) for key, value in record.run.items()
+    ]
+    for entry in entries:
+        if entry.key in _NOT_FROM_ADAPTERS and entry.value is not False:
+            raise ConfigError(f"{path} asks for --{entry.key}, which is not taken from an adapter; give it yourself")
+    # Nor does it say that a model's own code is run: without it opening such a model asks for the option.
+    return [entry for entry in entries if entry.key not in (*_NOT_FROM_ADAPTERS, "trust-remote-code")]
 
 
 def _defaults(context: click.Context, entries: list[Entry], source: str) -> Iterator[tuple[str, bool | str]]:

@@ -255,7 +255,7 @@ def _finish(outcome: Outcome, options: TrainCommand, repository: Repository | No
     outcome.adapter.save(output, overwrite=True)
     with atomic_file(output / "training_log.json") as temporary:
         temporary.write_text(json.dumps(outcome.log, indent=2) + "\n", encoding="utf-8")
-    recorded = recorded_options(options, outcome.adapter.base["name"])
+    recorded = recorded_options(options)
     write_record(record_file(output, is_file=False), recorded)
     published = None if repository is None else push(repository, outcome.adapter, recorded, output)
     result = {"output": str(output), "published": published, **(outcome.adapter.training or {})}

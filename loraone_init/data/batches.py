@@ -104,7 +104,7 @@ def row_lengths(batch: Mapping[str, Any]) -> list[tuple[int, int]]:
     if ids.ndim != 2 or mask.shape != ids.shape or bool((mask[:, 1:] > mask[:, :-1]).any()):
         return []
     tokens = [int(row.sum()) for row in mask]
-    if labels.ndim != 2 or not bool((labels == IGNORED).any()):
+    if labels.ndim != 2 or labels.is_floating_point() or not bool((labels == IGNORED).any()):
         return [(length, labels[0].numel()) for length in tokens]
     trained = [torch.nonzero(row != IGNORED).flatten() for row in labels]
     return [(length, int(each[-1]) + 1 if len(each) else 1) for length, each in zip(tokens, trained, strict=True)]

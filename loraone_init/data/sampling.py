@@ -136,11 +136,12 @@ def divide_rows(
     kept = [row for row, content in zip(used, contents, strict=True) if content not in moved]
     held = [row for row, content in zip(used, contents, strict=True) if content in moved] + list(beyond)
     if not kept:
-        logger.warning(
-            "%s has %d trainable row%s, of which none can be held out of the gradient: that takes two that differ",
-            *(quoted(source), num_rows, "s" * (num_rows > 1)),
-        )
-        return list(used), []
+        if not beyond:
+            logger.warning(
+                "%s has %d trainable row%s, of which none can be held out of the gradient: that takes two that differ",
+                *(quoted(source), num_rows, "s" * (num_rows > 1)),
+            )
+        return list(used), list(beyond)
     logger.warning(
         "Of %d trainable rows, fewer than were asked for, %d are for the gradient and %d are held out of it",
         *(num_rows, len(kept), len(held)),

@@ -79,6 +79,11 @@ class MicroBatches:
                 " rows' losses; give smaller batches"
             )
         tokens = piece.num_tokens
+        if self._stack.is_whole:
+            return ResourceError(
+                f"out of memory: the whole model does not fit with one row of {tokens} tokens{left}; use"
+                ' `schedule="blocks"`, or lower `max_length`'
+            )
         if block is None:
             what = f"the model outside of its blocks does not fit with one row of {tokens} tokens"
         else:

@@ -90,9 +90,10 @@ def _forward(gradients: _Pass, stack: BlockStack, processes: Processes, monitor:
         if not all(processes.gather(found is not None)):
             logger.warning("Out of memory row by row: the run begins anew block by block")
             monitor.scheduled("blocks", "out of memory row by row")
+            found = None
+            gradients.forget()
             stack.divide()
             release_memory(stack.device)
-            found = None
     return gradients.forward() if found is None else found
 
 
@@ -148,6 +149,10 @@ class _Pass:
         """
         return self._run() if self._stack.is_whole else self._micro_batches.attempt(self._run)
 
+    def forget(self) -> None:
+        """Drop what an attempt has left: sums, and what blocks were given."""
+        self.traces, self._collector = [], self._new_collector()
+
     def report(self, found: Sequence[_Found]) -> _Report:
         """What the other processes need to know of the forward that gave these losses."""
         order = tuple(call.request.block for call in self.traces[0].calls) if self.traces else None
@@ -172,7 +177,7 @@ class _Pass:
                 break
             except TooLargeError as error:
                 index, block = error.index, error.block
-            self.traces, self._collector = [], self._new_collector()
+            self.forget()
             self._micro_batches.halve(index, block)
             self.forward()
         # layers outside of all blocks, or never reached

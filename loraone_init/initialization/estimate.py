@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import Schedule
 from ..gradients.causal_lm import MAX_LOGITS
+from ..layers.language import find_decoder
 from ..layers.sizes import (
     activation_elements,
     element_size,
@@ -25,6 +26,7 @@ from ..layers.sizes import (
 from ..layers.targets import is_linear
 from ..models.opening import OpenModel
 from .evaluation import num_evaluated
+from .layer_starts import BATCH_BYTES
 
 _LOGIT_BUFFERS = 3
 _EFFICIENCY = 0.65  # share of the matrix rate that whole blocks reach: seen 0.6 forward, 0.7 backward, on 2 cores
@@ -87,12 +89,13 @@ def estimate_memory(
     blocks = {block: total_bytes([t for name, t in tensors if name.startswith(f"{block}.")]) for block in opened.blocks}
     everything = total_bytes([t for _, t in tensors])
     copies = _BLOCKS_AT_ONCE[opened.placement, opened.device.type == "cpu"]
-    read = [batch for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
+    read = [batch for batch in batches if isinstance(batch, Mapping) and _num_tokens(batch, "input_ids")]
     tokens = [num_tokens(opened, batch) for batch in read]
     size = element_size(opened.module)
     has_vocabulary = bool(read) and opened.labels is None
     head = _LOGIT_BUFFERS * MAX_LOGITS * max(4, size) if has_vocabulary else 0
     graphs = _graph_elements(opened)
+    batch = 3 * BATCH_BYTES if opened.device.type == "cuda" and ranks is not None else 0
     outside = everything - (sum(blocks.values()) if copies else 0)
     if schedule == "rows":
         shares = [1.0 if most_tokens is None else min(1.0, most_tokens / batch["input_ids"].numel()) for batch in read]
@@ -101,7 +104,7 @@ def estimate_memory(
         return Memory(
             outside=outside,
             block=sum(blocks.values()) if copies else 0,
-            gradients=gradient_bytes(targets, in_halves, ranks),
+            gradients=gradient_bytes(targets, in_halves, ranks, batch),
             inputs=0,
             working=int(size * graph) + head,
         )
@@ -112,7 +115,7 @@ def estimate_memory(
     return Memory(
         outside=outside,
         block=copies * max(blocks.values(), default=0),
-        gradients=max((gradient_bytes(each, in_halves, ranks) for each in layers), default=0),
+        gradients=max((gradient_bytes(each, in_halves, ranks, batch) for each in layers), default=0),
         inputs=hidden_size(opened.module) * size * sum(sum(each.values()) for each in tokens),
         working=max(int(size * max(graphs.values(), default=0.0)) * largest, head),
     )
@@ -120,10 +123,15 @@ def estimate_memory(
 
 def num_tokens(opened: OpenModel, batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """The tokens that pass each block, with padding: a decoder beside an encoder reads the labels, else the input."""
-    decoder = opened.module.get_decoder() if opened.task == "seq2seq-lm" else None  # type: ignore[operator]
+    decoder = find_decoder(opened.module) if opened.task == "seq2seq-lm" else None
     inside = set() if decoder is None else set(decoder.modules())
     sides = {name: "labels" if opened.module.get_submodule(name) in inside else "input_ids" for name in opened.blocks}
-    return {name: batch[side].numel() for name, side in sides.items()}
+    return {name: _num_tokens(batch, side) or _num_tokens(batch, "input_ids") for name, side in sides.items()}
+
+
+def _num_tokens(batch: Mapping[str, Any], side: str) -> int:
+    tokens = batch.get(side)
+    return tokens.numel() if isinstance(tokens, torch.Tensor) else 0
 
 
 def estimate_seconds(

@@ -109,7 +109,9 @@ class LossEvaluator:
 
 def expected_passes(gamma: float | Auto, held_out: bool) -> int:
     """How many forward passes `evaluate_step` usually takes."""
-    return (USUAL_PASSES if gamma == AUTO else 2) - (not held_out)  # of the gradient's own rows the loss is known
+    if gamma == AUTO:
+        return USUAL_PASSES  # of the gradient's own rows the loss is known, but a shorter step is tried last
+    return 2 if held_out else 1
 
 
 def evaluate_step(
@@ -118,14 +120,15 @@ def evaluate_step(
     losses: Sequence[RowLosses],
     held_out: Sequence[Any],
     pairs: Mapping[str, LoraPair],
-    layers: Mapping[str, LayerReport],
+    fall: float,
     targets: Mapping[str, nn.Module],
     config: InitConfig,
 ) -> tuple[float, LossReport]:
     """γ, and the mean losses of W and of W + (s/γ)·B·A: on the batches held out if there are any, else on some rows.
 
     batches, losses: what the gradient was taken from, and the losses before the step.
-    pairs, layers: the factors of each layer for γ = 1, and what is known of its gradient.
+    pairs: the factors of each layer for γ = 1.
+    fall:  how fast the loss falls with 1/γ, to first order (see `first_order_fall`).
 
     γ is config.gamma; where the step then raises the loss, it is doubled until one is found that lowers it, which is
     suggested. For "auto" it is the one with the lowest loss (`choosing.find_gamma`). Where nothing is held out, that is
@@ -150,7 +153,7 @@ def evaluate_step(
     trials = Trials(loss_at)
     suggested = None
     if config.gamma == AUTO:
-        gamma = find_gamma(trials, before, first_order_fall(layers, config.scale), config.scale)
+        gamma = find_gamma(trials, before, fall, config.scale)
         if not held_out:
             logger.warning(OWN_ROWS, num_rows, gamma, SHORTER_FOR_OTHERS)
             gamma *= SHORTER_FOR_OTHERS
@@ -170,13 +173,13 @@ def evaluate_step(
     return gamma, report
 
 
-def first_order_fall(layers: Mapping[str, LayerReport], scale: float) -> float:
-    """s·Σ (σ₁² + … + σ_r²)/σ₁ over all layers: what a short step takes off the loss of the gradient's rows, times γ.
+def first_order_fall(layers: Mapping[str, LayerReport], scales: Mapping[str, float]) -> float:
+    """Σ s·(σ₁² + … + σ_r²)/σ₁ over all layers: what a short step takes off the loss of the gradient's rows, times γ.
 
-    In each layer it is the product of G with the step (s/γ)·U·Ŝ·Vᵀ, Ŝ = S/σ₁.
+    In each layer it is the product of G with the step (s/γ)·U·Ŝ·Vᵀ, Ŝ = S/σ₁. scales: s of each layer.
     """
-    spectra = [report.singular_values for report in layers.values()]
-    return scale * sum(sum(value**2 for value in S) / S[0] for S in spectra if S[0] > 0)
+    spectra = {name: report.singular_values for name, report in layers.items()}
+    return sum(scales[name] * sum(value**2 for value in S) / S[0] for name, S in spectra.items() if S[0] > 0)
 
 
 def _checked(loss: tuple[float, int]) -> tuple[float, int]:

@@ -37,7 +37,7 @@ from ..streaming.keeping import keeping
 from ..streaming.stack import BlockStack
 from ..tasks import NAMES
 from .agreement import check_agreement
-from .evaluation import LossEvaluator, evaluate_step, expected_passes
+from .evaluation import LossEvaluator, evaluate_step, expected_passes, first_order_fall
 from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
 from .padding import can_be_padded, unpadded
@@ -133,7 +133,7 @@ def compute(
     wanted = inputs.config
     targets = select_targets(opened.module, wanted.target_modules, wanted.exclude_modules, saved, wanted.vision_layers)
     if inputs.settings is None:  # else PEFT has these layers already
-        targets = taken_by_peft(opened.module, targets, wanted)
+        targets = taken_by_peft(opened.module, targets, wanted, opened.directory)
     config, limits = rank_limits(targets, wanted, inputs.settings)
     objective = _choose_objective(opened, loss)
     if not rows:
@@ -166,25 +166,31 @@ def compute(
         try:
             result = gradient_pass.run(batches, in_halves=in_halves)
         except UncalledError as error:
-            gradient_pass = replace(gradient_pass, targets=_without_uncalled(error, targets, config, processes))
+            left = _without_uncalled(error, gradient_pass.targets, config, processes)
+            result = None  # out here the error, and all that its frames hold, is gone
+        if result is None:
+            settled, limits = rank_limits(left, wanted, inputs.settings)
+            gradient_pass = replace(gradient_pass, targets=left, config=settled, limits=limits)
             result = gradient_pass.run(batches, in_halves=in_halves)
         if is_padded is None:
             is_padded = can_be_padded(stack, objective, batches, result.losses, processes)
-            if not is_padded:
+            if is_padded is False:
                 return take(sample)
         return result
 
     with _ready(opened, stack, targets, plan):
         used, found, grown = grow(given, growth, take)
-        if not is_padded:
+        if not is_padded:  # where nothing is known, what is not padded stays as it is
             used, others = unpadded(used), batches_of(unpadded(others))
-        targets = dict(gradient_pass.targets)
+        targets, config = dict(gradient_pass.targets), gradient_pass.config
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
         with monitor.timed("evaluate"):
+            scales = dict.fromkeys(targets, config.scale) if inputs.settings is None else inputs.settings.scales
             pairs = found.pairs if inputs.settings is None else inputs.settings.scaled(found.pairs, config.scale)
+            fall = first_order_fall(found.layers, scales)
             gamma, report = evaluate_step(
-                evaluator, batches_of(used), found.losses, others, pairs, found.layers, targets, config
+                evaluator, batches_of(used), found.losses, others, pairs, fall, targets, config
             )
             del pairs
     if opened.checkpoint is not None:
@@ -240,7 +246,7 @@ def _ready(opened: OpenModel, stack: BlockStack, targets: Mapping[str, nn.Module
         experts_as_layers(opened.module, targets),
         keeping(plan.device_bytes, plan.host_bytes) as keeper,
         stack.kept_by(keeper),
-        stack.as_a_whole(plan.most_tokens) if plan.schedule == "rows" and stack.names else nullcontext(),
+        stack.as_a_whole(plan.most_tokens) if plan.schedule == "rows" else nullcontext(),
     ):
         yield
 

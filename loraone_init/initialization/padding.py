@@ -35,17 +35,20 @@ _TOLERANCE = 2e-5
 
 def can_be_padded(
     stack: BlockStack, objective: Objective, batches: Sequence[Any], losses: Sequence[RowLosses], processes: Processes
-) -> bool:
-    """Whether the row with most padding has the same loss without it; a warning is logged where it has not.
+) -> bool | None:
+    """Whether the row with most padding has the same loss without it; a warning is logged where it has not. None: none
+    of these rows is padded, so that nothing is known.
 
     losses: of the rows of each batch, as a pass over these batches gave them.
 
-    Nothing is run where nothing is padded, nor where only a loss function of the user's knows what is in a batch. All
-    processes decide alike.
+    Nothing is run for that, nor where only a loss function of the user's knows what is in a batch. All processes decide
+    alike.
     """
-    row = _most_padded(batches, losses) if objective.by_row else None
-    if row is None:
+    if not objective.by_row:
         return True
+    row = _most_padded(batches, losses)
+    if row is None:
+        return None
     batch, index, beside = row
     (alone,) = without_padding(cut_rows(batch, torch.tensor([index])))
     loss, tolerance = _loss_of(stack, objective, alone), _tolerance(stack.model)
@@ -106,7 +109,7 @@ def _most_padded(batches: Sequence[Any], losses: Sequence[RowLosses]) -> tuple[A
     for batch, known in zip(batches, losses, strict=True):
         if not is_padded(batch):
             continue
-        width = batch["input_ids"].shape[1] + batch["labels"].shape[-1]
+        width = batch["input_ids"].shape[1] + (batch["labels"].shape[1] if batch["labels"].ndim > 1 else 1)
         for index, lengths in enumerate(row_lengths(batch)):
             padding = 1 - sum(lengths) / width
             if known.counts[index] > 0 and (found is None or padding > found[0]):

@@ -7,12 +7,14 @@ factors find no place. Names and shapes suffice to see that.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +22,14 @@ from torch import nn
 
 from ..adapter.files import FACTORS, PREFIX
 from ..adapter.peft_config import peft_config
+from ..cache import remembered
 from ..config import ALL_LINEAR, InitConfig
 from ..errors import ModelError, describe, others_errors
 from ..layers.expert_layout import ExpertStack, expert_name, expert_names
 from ..layers.experts import ExpertLinear, expert_stacks, renamed_targets
 from ..layers.targets import is_conv1d, layer_shape
 from ..models.quantized import quantization_method
+from ..version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +37,13 @@ Shapes = dict[str, tuple[tuple[int, ...], ...]]
 """By the path of factors in PEFT: the shapes of A and B."""
 
 
-def taken_by_peft(model: nn.Module, targets: Mapping[str, nn.Module], config: InitConfig) -> dict[str, nn.Module]:
+def taken_by_peft(
+    model: nn.Module, targets: Mapping[str, nn.Module], config: InitConfig, directory: Path | None = None
+) -> dict[str, nn.Module]:
     """The targets without those that PEFT would refuse, or whose factors it would not load; a warning names them.
+
+    directory: of the model, if it has one. What was found is remembered for its config.json, these layers and the
+               versions of the libraries, since importing PEFT takes longer than a small sample's gradients.
 
     All of them where PEFT is not installed, for quantized weights, whose layers PEFT tells by their tensors, and for
     modules of the user's own: PEFT treats those of transformers in ways of its own.
@@ -47,18 +56,20 @@ def taken_by_peft(model: nn.Module, targets: Mapping[str, nn.Module], config: In
         return {**targets}
     if not hasattr(getattr(model, "config", None), "model_type") or quantization_method(model):
         return {**targets}
-    trial = _Trial(model, config)
+    file = None if directory is None else directory / "config.json"
     try:
-        left = trial.taken(targets)
-    except _CannotCopyError as error:
+        if file is None or not file.is_file() or not type(model).__module__.startswith("transformers."):
+            lost, reason = _tried(model, targets, config)
+        else:
+            lost, reason = remembered(file, _question(model, targets, config), lambda: _tried(model, targets, config))
+    except _CannotTryError as error:
         logger.debug("Whether PEFT takes the adapter is not tried: %s", error)
         return {**targets}
     except _RefusedError as error:
         raise ModelError(f"PEFT does not take an adapter of {type(model).__name__}: {error}") from error
-    lost = [name for name in targets if name not in left]
+    left = {name: module for name, module in targets.items() if name not in set(lost)}
     if not lost:
         return left
-    reason = trial.reasons.get(lost[0], "it would not load their factors, since it renames them")
     if config.target_modules != ALL_LINEAR or 2 * len(left) < len(targets):
         raise ModelError(
             f"PEFT does not take {len(lost)} of {len(targets)} layers, such as {lost[0]}: {reason}; leave them out with"
@@ -75,8 +86,24 @@ def taken_by_peft(model: nn.Module, targets: Mapping[str, nn.Module], config: In
     return left
 
 
-class _CannotCopyError(ModelError):
-    """A module of the user's cannot be copied."""
+def _tried(model: nn.Module, targets: Mapping[str, nn.Module], config: InitConfig) -> tuple[list[str], str]:
+    """The layers that PEFT would not take, and why not the first of them."""
+    trial = _Trial(model, config)
+    left = trial.taken(targets)
+    lost = [name for name in targets if name not in left]
+    renamed = "it would not load their factors, since it renames them"
+    return lost, trial.reasons.get(lost[0], renamed) if lost else ""
+
+
+def _question(model: nn.Module, targets: Mapping[str, nn.Module], config: InitConfig) -> str:
+    """All that the answer of `_tried` follows from, beside the model's configuration."""
+    versions = [importlib.metadata.version(library) for library in ("peft", "transformers", "torch")]
+    layers = [(name, type(module).__name__, layer_shape(module)) for name, module in targets.items()]
+    return f"taken by PEFT {__version__} {versions} {type(model).__name__} {config} {layers}"
+
+
+class _CannotTryError(ModelError):
+    """A module of the user's cannot be copied, or PEFT is broken."""
 
 
 class _RefusedError(ModelError):
@@ -115,8 +142,11 @@ class _Trial:
 
     def _held(self, targets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         """The targets whose factors are in their places after loading. Raises _RefusedError."""
-        with _quiet():
-            import peft
+        try:
+            with _quiet():
+                import peft
+        except Exception as error:
+            raise _CannotTryError(f"PEFT cannot be imported: {describe(error)}") from error
         copied = self._copied()
         experts = expert_stacks(targets)
         ranks = {name: min(self.config.rank, *layer_shape(module)) for name, module in targets.items()}
@@ -154,7 +184,7 @@ class _Trial:
             memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         for buffer in self.model.buffers():
             memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-        with others_errors(lambda error: _CannotCopyError(describe(error))):
+        with others_errors(lambda error: _CannotTryError(describe(error))):
             copied: nn.Module = copy.deepcopy(self.model, memo)
         return copied
 

@@ -99,7 +99,7 @@ def _obstacle(opened: OpenModel, batches: Sequence[Any], asked: Schedule | Auto)
         if asked == "rows":
             raise ConfigError(f'schedule="rows" needs all weights in place, but {obstacle}')
         return obstacle
-    known = all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches)
+    known = all(isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), torch.Tensor) for batch in batches)
     if asked == AUTO and opened.blocks and opened.device.type == "cpu" and not known:
         return "what the whole model computes for these batches is unknown"
     return None
@@ -110,7 +110,8 @@ def _tokens_that_fit(all_tokens: Memory, none: Memory, batches: Sequence[Any], r
 
     all_tokens, none: what is needed for the micro-batches as they are, and for empty ones.
     """
-    read = [batch["input_ids"] for batch in batches if isinstance(batch, Mapping) and "input_ids" in batch]
+    given = [batch.get("input_ids") for batch in batches if isinstance(batch, Mapping)]
+    read = [ids for ids in given if isinstance(ids, torch.Tensor)]
     largest = max((ids.numel() for ids in read), default=0)
     longest = max((ids.shape[-1] for ids in read), default=0)
     share = (room - none.to_come) / max(1, all_tokens.to_come - none.to_come)

@@ -21,12 +21,16 @@ def total_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def gradient_bytes(
-    layers: Mapping[str, nn.Module], in_halves: bool = False, ranks: Mapping[str, int] | None = None
+    layers: Mapping[str, nn.Module],
+    in_halves: bool = False,
+    ranks: Mapping[str, int] | None = None,
+    batch_bytes: int = 0,
 ) -> int:
     """The sums of these layers' gradients in fp32 (fp64 for an fp64 model), and what the SVD takes that takes most. In
     halves, all are there twice, and the sum of one layer's.
 
-    ranks: up to which each layer is decomposed; None: each SVD is counted as a copy.
+    ranks:       up to which each layer is decomposed; None: each SVD is counted as a copy.
+    batch_bytes: what the SVDs of a batch take, where there are so many.
     """
     itemsizes = {name: max(4, _weight_size(module)) for name, module in layers.items()}
     sizes = {name: num_weights(module) * itemsizes[name] for name, module in layers.items()}
@@ -35,7 +39,8 @@ def gradient_bytes(
         for name, module in layers.items()
     ]
     summed = max(sizes.values(), default=0) if in_halves else 0
-    return (2 if in_halves else 1) * sum(sizes.values()) + summed + max(svds, default=0)
+    decomposed = max(max(svds, default=0), min(sum(svds), batch_bytes))
+    return (2 if in_halves else 1) * sum(sizes.values()) + summed + decomposed
 
 
 def layer_elements(block: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,11 @@ class OpenModel:
     placement: Place = "device"
     checkpoint: Checkpoint | None = None
     opened_from: str | None = None
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the checkpoint is on this machine; None for a module from Python."""
+        return None if self.checkpoint is None else self.checkpoint.directory
 
     def __repr__(self) -> str:
         name = self.name or type(self.module).__name__

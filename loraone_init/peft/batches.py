@@ -40,12 +40,7 @@ def take_batches(
     if isinstance(given, int) and number >= rows:
         raise DataError(f"there are {rows} rows, of which {number} cannot be held out; give more, or hold out fewer")
     if given is None and needed:
-        number = min(number, max(1, rows // 4))
-        if rows < 2:
-            raise DataError(
-                'gamma "auto" needs rows that the gradient is not from, and there is only one; give more, pass'
-                " held_out=, or a number as gamma"
-            )
+        number = min(number, max(1, rows // 4)) if rows > 1 else 0  # then γ is searched on the gradient's own row
     used, beyond = _divided(pieces, rows - number)
     return used, given if isinstance(given, list) else beyond
 

@@ -109,12 +109,13 @@ def _config(
         target_modules=tuple(layer.name for layer in layers),
         block_path=block_path,
         seed=seed,
+        vision_layers=True,  # PEFT has chosen the layers
     )
 
 
 def _settings(base: nn.Module, layers: Sequence[AdaptedLayer], config: InitConfig) -> LayerSettings:
     """Ranks and scales by the names that our layers have. Raises ModelError where these are not PEFT's layers."""
-    targets = select_targets(base, config.target_modules, saved=find_head(base).saved)
+    targets = select_targets(base, config.target_modules, saved=find_head(base).saved, vision_layers=True)
     wanted = {layer.name: layer for layer in layers}
     owners = {
         name: name.rpartition(".")[0] if isinstance(target, ExpertLinear) else name for name, target in targets.items()

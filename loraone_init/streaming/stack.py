@@ -78,7 +78,7 @@ class BlockStack:
     @property
     def is_whole(self) -> bool:
         """Whether the model is run as a whole, and could be divided into its blocks."""
-        return self._whole is not None
+        return self._whole is not None and bool(self._blocks)
 
     @contextmanager
     def as_a_whole(self, most_tokens: int | None = None) -> Iterator[None]:
@@ -87,8 +87,11 @@ class BlockStack:
         most_tokens: of a micro-batch. Raises ResourceError where the weights do not fit.
         """
         with ExitStack() as weights:
-            for block in range(len(self.names)):
-                weights.enter_context(self.loaded(block))
+            try:
+                for block in range(len(self.names)):
+                    weights.enter_context(self.loaded(block))
+            except ResourceError as error:
+                raise ResourceError('out of memory: all weights do not fit; use `schedule="blocks"`') from error
             self._whole, self.names, self.most_tokens = weights, [], most_tokens
             try:
                 yield

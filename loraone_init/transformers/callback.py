@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import weakref
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapter.wording import warning_of
 from ..config import AUTO, Auto
 from ..data.sample import Sample
 from ..errors import ConfigError
@@ -37,7 +39,7 @@ class LoraOneCallback(TrainerCallback):  # type: ignore[misc]
     `report` has what was found, and `state.log_history` the losses and γ, as `loraone/loss_before` and so on.
 
     samples:      rows for the gradient.
-    gamma:        γ, or "auto": searched for on 16 more rows.
+    gamma:        γ, or "auto": searched for on 8 more rows.
     optimizer:    whether the trainer's optimizer is to see preconditioned gradients (see `precondition_steps`).
     trainer:      the trainer, for what callbacks are not told: with `trainer.add_callback(LoraOneCallback(
                   trainer=trainer))` the losses and γ go to its loggers (TensorBoard, wandb, trackio) too, the loss of a
@@ -139,6 +141,8 @@ class LoraOneCallback(TrainerCallback):  # type: ignore[misc]
             state.log_history.append({**logs, "step": state.global_step})
         if state.is_world_process_zero:
             logger.info("%r", report)
+            if text := warning_of(report.gamma, asdict(report.loss)):
+                logger.warning("%s", text)
 
 
 def _refuse_sharding(args: TrainingArguments) -> None:

@@ -20,7 +20,7 @@ def draw_batches(
 ) -> tuple[list[Any], list[Any]]:
     """(batches for the gradient, batches held out) of rows drawn by a seeded permutation, each kind by length.
 
-    Neither the loader's order nor any random generator is moved on by it. For "auto", 16 rows are held out, or a
+    Neither the loader's order nor any random generator is moved on by it. For "auto", 8 rows are held out, or a
     quarter of all where there are few.
 
     Raises DataError where rows cannot be drawn by their number.

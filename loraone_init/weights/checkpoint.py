@@ -34,6 +34,7 @@ class Checkpoint:
     """The tensors of the safetensors files in a model directory, by their names in the files."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self._states = {path: _state(path) for path in _shards(directory)}
         self._files = {path: _open(path) for path in self._states}
         self._where = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118

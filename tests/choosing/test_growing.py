@@ -132,7 +132,8 @@ def test_noise_goes_to_the_maximum(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages[-1].startswith(
         "the sample has not settled at 24, all that it may have: its halves agree to 0."
     )
-    assert [message.split(":")[0] for message in caplog.messages[:-1]] == [f"{n} samples" for n in (4, 8, 16, 24)]
+    said = [message.split(":")[0] for message in caplog.messages[:-1]]
+    assert said == ["Schedule", *(f"{n} samples" for n in (4, 8, 16, 24))]
 
 
 @pytest.mark.parametrize("by_row", [True, False], ids=["rows alternate", "micro-batches alternate"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -60,6 +61,23 @@ def test_the_record_of_a_run_repeats_it(
     assert recorded["gamma"] == recorded["samples"] == "auto"
     assert recorded["completion-only"] is False
     assert not {"token", "output", "placement", "rank"} & recorded.keys()
+
+
+def test_an_adapter_of_a_stranger_does_not_say_where_to_write_or_what_to_run(
+    command: Command, initialised: Path, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    adapter = Adapter.load(initialised)
+    for run, expected in (({"push-to-hub": "evil/repo"}, "push-to-hub"), ({"output": "/etc/x.safetensors"}, "output")):
+        file = tmp_path / f"{expected}.safetensors"
+        replace(adapter, run=run).save(file)
+        result = command("--config", file, tiny_model, tiny_data, "-o", tmp_path / "a.safetensors")
+        assert result.exit_code == 1
+        assert f"asks for --{expected}, which is not taken from an adapter" in result.stderr
+    replace(adapter, run={"trust-remote-code": True, "rank": 3}).save(tmp_path / "code.safetensors")
+    done = command("--config", tmp_path / "code.safetensors", tiny_model, tiny_data, "-o", tmp_path / "a.safetensors")
+    assert done.exit_code == 0, done.stderr
+    made = Adapter.load(tmp_path / "a.safetensors")
+    assert (made.config.rank, made.run["trust-remote-code"]) == (3, False)
 
 
 def test_flag_takes_the_place_of_a_budget_in_the_file(

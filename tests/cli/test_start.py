@@ -115,10 +115,12 @@ def test_a_run_says_what_it_waits_for_and_takes_it_away_again(found: dict[str, A
 
 
 def test_a_run_imports_what_it_needs(found: dict[str, Any]) -> None:
-    """transformers itself imports scipy, sympy, accelerate and torchao where they are installed."""
+    """transformers itself imports scipy, sympy, accelerate and torchao where they are installed, and PEFT is asked the
+    first time that a model is seen.
+    """
     unneeded = {
-        *("datasets", "pandas", "pyarrow", "peft", "matplotlib", "onnx", "onnxruntime", "tensorboard", "mlx"),
-        *("transformers.trainer", "torch._inductor.compile_fx", "loraone_init.training.trainer"),
+        *("datasets", "pandas", "pyarrow", "matplotlib", "onnx", "onnxruntime", "tensorboard", "mlx"),
+        *("transformers.trainer", "loraone_init.training.trainer"),
     }
     assert not unneeded & set(found["planned"]["modules"])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.causal import make_batches, make_model
 from support.commands import Command
+from support.held_bytes import HeldBytes
 
 from loraone_init import open_model
 from loraone_init.errors import ConfigError
@@ -74,8 +75,6 @@ def test_parts_of_the_model() -> None:
 
 def test_activations_of_a_micro_batch_are_about_those_that_a_graph_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide enough for linear layers to matter, as in real models."""
-    from loraone_init.streaming.activations import HeldBytes
-
     monkeypatch.setattr("loraone_init.initialization.estimate.MAX_LOGITS", 0)
     changes = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
     model = make_model("llama", torch.float32, **changes).requires_grad_(False)
@@ -84,7 +83,7 @@ def test_activations_of_a_micro_batch_are_about_those_that_a_graph_holds(monkeyp
 
     def counting(stack: BlockStack, block: int, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         args = tuple(a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
-        with torch.enable_grad(), held.counted(stack.module(block), "block"):
+        with torch.enable_grad(), held.counted(stack.module(block)):
             answer = run(stack, block, args, kwargs)
         seen.append(held.total)
         return answer

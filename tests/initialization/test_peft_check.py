@@ -92,6 +92,22 @@ def test_all_layers_of_an_ordinary_model_are_taken(caplog):
     assert caplog.text == ""
 
 
+def test_what_was_found_is_remembered_with_the_model(tmp_path, monkeypatch, caplog):
+    """For these layers and options."""
+    make_mamba().save_pretrained(tmp_path)
+    monkeypatch.setattr("loraone_init.cache._SETTLED", -60)
+    model = make_mamba()
+    targets = select_targets(model, "all-linear")
+    first = taken_by_peft(model, targets, InitConfig(), tmp_path)
+    monkeypatch.setattr(
+        "loraone_init.initialization.peft_check._Trial.taken", lambda *given: pytest.fail("tried again")
+    )
+    assert taken_by_peft(model, targets, InitConfig(), tmp_path) == first
+    assert len({record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}) == 1
+    with pytest.raises(pytest.fail.Exception, match="tried again"):
+        taken_by_peft(model, targets, InitConfig(rank=4), tmp_path)
+
+
 def test_nothing_is_tried_without_peft(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     model = make_mamba()

@@ -102,7 +102,8 @@ def test_failing_rank_ends_all(
     sabotage: Callable[[], None], message: str, arguments: list[str], tmp_path: Path, out: Path
 ) -> None:
     """With one clear line, and no file; `run_ranks` fails if anything hangs."""
-    ended = run_ranks(3, tmp_path, [*arguments, "-o", str(out / "a.safetensors")], {1: sabotage})
+    arguments = [*arguments, "-o", str(out / "a.safetensors"), "--schedule", "blocks"]
+    ended = run_ranks(3, tmp_path, arguments, {1: sabotage})
     lines = [line for rank in ended for line in rank.stderr.splitlines()]
     printed = [line for line in lines if line.startswith("Error: ")]  # torch, loaded before, may log a lost connection
     assert len(printed) == 1, lines
@@ -114,7 +115,8 @@ def test_failing_rank_ends_all(
 
 def test_rank_that_hangs_is_ended(arguments: list[str], tmp_path: Path, out: Path) -> None:
     sabotage = {0: hang_in_backward, 1: die_in_backward}
-    ended = run_ranks(2, tmp_path, [*arguments, "-o", str(out / "a.safetensors")], sabotage)
+    arguments = [*arguments, "-o", str(out / "a.safetensors"), "--schedule", "blocks"]
+    ended = run_ranks(2, tmp_path, arguments, sabotage)
     assert [rank.code for rank in ended] == [1, -9]
     assert ended[0].stderr == "Error: rank 1 ended without a word (killed? out of memory?); nothing was written\n"
     assert content(out) == {}
