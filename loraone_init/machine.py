@@ -155,6 +155,17 @@ def use_one_heap() -> None:
             libc.mallopt(_ARENA_MAX, 1)
 
 
+def trim_heap() -> None:
+    """Give memory that was freed back to the system, which glibc keeps for later between what is in use.
+
+    Nothing happens where the C library is another one.
+    """
+    if sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+
 def select_device(device: str) -> torch.device:
     """The torch device for an option's value, checked to be there."""
     import torch

@@ -14,8 +14,8 @@ Refused = Callable[..., str]
 
 
 def with_gamma(*arguments: object) -> list[str]:
-    """The arguments of `loraone-init`, with γ = 128 unless they or a file have another: what is not about the search for
-    γ does not wait for it, and takes all rows for the gradient.
+    """The arguments of `loraone-init`, with γ = 128 unless they or a file say another: what is not about that search
+    does not wait for it, and takes all rows for the gradient.
     """
     given = [str(argument) for argument in arguments]
     return given if {"--gamma", "--config", "--recipe"} & {*given} else [*given, "--gamma", "128"]
