@@ -1,6 +1,6 @@
 """What an initialisation costs, as formulas: bytes moved, floating-point operations and memory, by stage and placement.
 
-    python benchmarks/cost_model.py      # writes the tables of docs/scaling.md anew
+    python benchmarks/cost_model.py      # writes the tables of docs/scaling.md and the README anew
 
 The constants are those that were measured where there are measurements (benchmarks/results), else data sheets'.
 """
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 HERE = Path(__file__).parent
 DOCUMENT = HERE.parent / "docs" / "scaling.md"
+README = HERE.parent / "README.md"
 
 Placement = Literal["device", "host", "disk"]
 Schedule = Literal["rows", "blocks"]
@@ -360,6 +361,35 @@ def cpu_table() -> str:
     return "\n".join([*lines, "", f"The matrix rate is {rate:.0f} GFLOP/s, of fp32 products of 2048³ on two threads."])
 
 
+def readme_table() -> str:
+    """Of the larger sample: wall time and memory beside PEFT's, and what each stage reached of the matrix rate."""
+    from init import OURS, limit_seconds, stage_flops
+
+    result: dict[str, Any] = json.loads((HERE / "results" / "init.json").read_text())
+    case, machine = result["cases"]["64"], result["machine"]
+    peft = case["PEFT lora_ga"]
+    lines = [
+        "| | wall | peak memory | of PEFT's wall | of PEFT's memory | of the machine's matrix rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in (*OURS, "PEFT lora_ga"):
+        found = case[name]
+        figures = [f"{found['seconds']:.1f} s", f"{found['peak_mb']:,.0f} MB"]
+        figures += [f"{found[key] / peft[key]:.2f}" for key in ("seconds", "peak_mb")]
+        shares = []
+        if name in OURS:
+            flops = stage_flops(64, found["tokens"], found["label_tokens"], found["schedule"])
+            for stage, number in flops.items():
+                share = number / found["stages"][stage] / 1e9 / machine["matrix_gflops"]
+                shares.append(f"{stage} {share:.0%}")
+        lines.append(f"| {name} | {' | '.join(figures)} | {', '.join(shares)} |")
+    limit = limit_seconds(machine, case["ours"])
+    lines.append(
+        f"| the limit of this machine | {limit:.1f} s | | {limit / peft['seconds']:.2f} | | 100%, and imports |"
+    )
+    return "\n".join(lines)
+
+
 def scale_table() -> str:
     """Memory and time over depth and rows, as benchmarks/scale.py found them."""
     from scale import markdown
@@ -379,16 +409,17 @@ def tables() -> dict[str, str]:
     }
 
 
-def filled_in(text: str) -> str:
-    """The document with its tables as they are now."""
-    for name, table in tables().items():
+def filled_in(text: str, written: dict[str, str] | None = None) -> str:
+    """A document with its tables as they are now. written: by name of the mark; None: those of `DOCUMENT`."""
+    for name, table in (tables() if written is None else written).items():
         marks = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", re.S)
         text, replaced = marks.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
         if replaced != 1:
-            raise SystemExit(f"{DOCUMENT} has no marks for the table {name!r}")
+            raise SystemExit(f"there are no marks for the table {name!r}")
     return text
 
 
 if __name__ == "__main__":
     DOCUMENT.write_text(filled_in(DOCUMENT.read_text()))
+    README.write_text(filled_in(README.read_text(), {"init": readme_table()}))
     print("\n\n".join(tables().values()))

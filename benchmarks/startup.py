@@ -27,13 +27,13 @@ from starting.stages import Run, run
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "profile.md"
 BEGIN, END = "<!-- startup: begin -->", "<!-- startup: end -->"
-STAGES = {  # what the terminal shows when a stage begins
+STAGES = {  # what the terminal shows when a stage begins; forward or backward comes after the first micro-batch
     "Python, click, options, paths, rows": "",
     "imports": "loading libraries",
     "model opened": "opening the model",
     "data tokenised": "reading the data",
-    "the first block": "0%",
-    "all else": " forward",
+    "the first micro-batch": "0%",
+    "all else": "ward",
 }
 REFUSED = "`loraone-init` with a wrong path"
 TARGET = 1.5  # seconds until something is shown

@@ -20,7 +20,7 @@ from .estimate import Memory, estimate_memory
 logger = logging.getLogger(__name__)
 
 _SHARE = 0.9  # of free memory that is counted on, since what a run needs is an estimate
-_NOT_WORTH_A_FILE = 64 * 2**20
+_NOT_WORTH_A_FILE = 16 * 2**20
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ def test_tables_of_the_document_are_the_models() -> None:
     text = (ROOT / "docs" / "scaling.md").read_text()
     assert text == cost_model.filled_in(text), "run python benchmarks/cost_model.py"
     assert all(table in text for table in cost_model.tables().values())
+    readme = (ROOT / "README.md").read_text()
+    assert readme == cost_model.filled_in(readme, {"init": cost_model.readme_table()})
 
 
 def test_assumptions_of_the_document_are_the_models() -> None:

@@ -125,6 +125,7 @@ def test_json_is_all_that_is_printed(command: Command, tiny_model: Path, tiny_da
             "vision_layers_left_out",
             "sample",
             "loss",
+            "schedule",
             "warning",
             "seconds",
             "processes",

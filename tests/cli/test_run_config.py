@@ -142,7 +142,7 @@ def test_a_file_of_that_name_is_not_replaced(
     (out / "a.config.yaml").write_text("mine: true\n")
     run = (tiny_model, tiny_data, "-o", out / "a.safetensors")
     for options in ((), ("--overwrite",)):
-        assert "was not written by this program" in error_line(command(*run, *options).stderr)
+        assert "was not written by this command" in error_line(command(*run, *options).stderr)
     assert [file.name for file in out.iterdir()] == ["a.config.yaml"]
     (out / "a.config.yaml").unlink()
     assert command(*run).exit_code == 0

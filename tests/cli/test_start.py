@@ -62,7 +62,7 @@ refused = {
     "inspect: no adapter": run("inspect", nowhere),
 }
 inspected = run("inspect", adapter)
-planned = run("init", model, data, "--dry-run")
+planned = run("init", model, data, "--dry-run", "--gamma", "128")
 print(json.dumps({"refused": refused, "inspected": inspected, "planned": planned, "kept": gc.get_freeze_count()}))
 """
 

@@ -218,7 +218,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-BY_BLOCKS = ("--schedule", "blocks", "--batch-size", "1", "-q")
+BY_BLOCKS = ("--schedule", "blocks", "--batch-size", "1", "--gamma", "128", "-q")
 
 SLOW = """
 import time
