@@ -292,6 +292,7 @@ def test_smollm2_gradients_equal_whole_model_autograd(smollm2_gradients):
     assert max(relative_error(streamed[name], whole[name]) for name in whole) < FP32_MODEL
 
 
+@pytest.mark.slow
 def test_smollm2_step_lowers_the_loss(smollm2):
     opened = open_model(str(smollm2))
     sample = load_sample(str(EXAMPLE), opened.tokenizer, DataOptions(samples=8, max_length=256))
