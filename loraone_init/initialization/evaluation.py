@@ -24,6 +24,7 @@ from ..linalg.factors import LoraPair
 from ..monitor import Monitor
 from ..processes.processes import Processes
 from ..streaming.stack import BlockStack
+from .passes import PassResult
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +47,20 @@ def num_evaluated(num_rows: int) -> int:
 
 @contextmanager
 def applied(
-    pairs: Mapping[str, LoraPair], targets: Mapping[str, nn.Module], scale: float, gamma: float = 1.0
+    pairs: Mapping[str, LoraPair],
+    targets: Mapping[str, nn.Module],
+    scale: float | Mapping[str, float],
+    gamma: float = 1.0,
 ) -> Iterator[None]:
     """Inside, each target layer answers y + scale/gamma·B·(A·x): the adapter without changing a weight.
 
+    scale: of all layers, or of each.
     gamma: for pairs for γ = 1: both factors are multiplied by γ^(−1/2), as the adapter's will be.
     """
     with ExitStack() as stack:
         for name, pair in pairs.items():
-            hook = targets[name].register_forward_hook(partial(_add_update, pair, scale, gamma), with_kwargs=True)
+            own = scale[name] if isinstance(scale, Mapping) else scale
+            hook = targets[name].register_forward_hook(partial(_add_update, pair, own, gamma), with_kwargs=True)
             stack.callback(hook.remove)
         yield
 
@@ -117,18 +123,16 @@ def expected_passes(gamma: float | Auto, held_out: bool) -> int:
 def evaluate_step(
     evaluator: LossEvaluator,
     batches: Sequence[Any],
-    losses: Sequence[RowLosses],
     held_out: Sequence[Any],
-    pairs: Mapping[str, LoraPair],
-    fall: float,
+    found: PassResult,
     targets: Mapping[str, nn.Module],
     config: InitConfig,
+    scales: Mapping[str, float],
 ) -> tuple[float, LossReport]:
     """γ, and the mean losses of W and of W + (s/γ)·B·A: on the batches held out if there are any, else on some rows.
 
-    batches, losses: what the gradient was taken from, and the losses before the step.
-    pairs: the factors of each layer for γ = 1.
-    fall:  how fast the loss falls with 1/γ, to first order (see `first_order_fall`).
+    batches, found: what the gradient was taken from, and what the pass over it gave.
+    scales: s of each layer.
 
     γ is config.gamma; where the step then raises the loss, it is doubled until one is found that lowers it, which is
     suggested. For "auto" it is the one with the lowest loss (`choosing.find_gamma`). Where nothing is held out, that is
@@ -136,15 +140,15 @@ def evaluate_step(
 
     Raises DataError where no token of rows held out is trained on, NumericalError where their loss is not finite.
     """
-    sample, _ = check_losses(losses)
+    sample, _ = check_losses(found.losses)
     if held_out:
         rows, (before, num_rows) = held_out, _checked(evaluator.mean_loss(held_out))
     else:
-        rows, known = some_rows(whole_batches(batches, evaluator.by_row), losses, config.seed)
+        rows, known = some_rows(whole_batches(batches, evaluator.by_row), found.losses, config.seed)
         (before, _), num_rows = check_losses(known), sum(len(part.sums) for part in known)
 
     def loss_at(gamma: float) -> float:
-        with applied(pairs, targets, config.scale, gamma):
+        with applied(found.pairs, targets, scales, gamma):
             loss, _ = evaluator.mean_loss(rows)
         if gamma != config.gamma:  # one that was given is no find of a search
             evaluator.tell(gamma, loss)
@@ -153,7 +157,7 @@ def evaluate_step(
     trials = Trials(loss_at)
     suggested = None
     if config.gamma == AUTO:
-        gamma = find_gamma(trials, before, fall, config.scale)
+        gamma = find_gamma(trials, before, first_order_fall(found.layers, scales), config.scale)
         if not held_out:
             logger.warning(OWN_ROWS, num_rows, gamma, SHORTER_FOR_OTHERS)
             gamma *= SHORTER_FOR_OTHERS

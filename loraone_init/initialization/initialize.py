@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..choosing.growing import SampleOrBatches, batches_of, grow
+from ..choosing.growing import batches_of, grow
 from ..choosing.sample_size import Growth
-from ..config import ALL_LINEAR, AUTO, Auto, InitConfig, Schedule
+from ..config import AUTO, Auto, InitConfig, Schedule
 from ..data.pieces import shares_of, whole_batches
 from ..data.rows import Source
 from ..data.sample import Sample
@@ -23,7 +23,6 @@ from ..gradients.causal_lm import CausalLM
 from ..gradients.classification import SequenceClassification
 from ..gradients.objective import LossFunction, Objective, WholeModel
 from ..gradients.seq2seq_lm import Seq2SeqLM
-from ..gradients.uncalled import UncalledError
 from ..layers.experts import expert_stacks, experts_as_layers, renamed_targets
 from ..layers.targets import is_conv1d, select_targets
 from ..linalg.factors import shortened
@@ -37,12 +36,12 @@ from ..streaming.keeping import keeping
 from ..streaming.stack import BlockStack
 from ..tasks import NAMES
 from .agreement import check_agreement
-from .evaluation import LossEvaluator, evaluate_step, expected_passes, first_order_fall
+from .evaluation import LossEvaluator, evaluate_step, expected_passes
 from .inputs import Inputs, Model, resolve
 from .layer_starts import rank_limits
-from .padding import can_be_padded, unpadded
-from .passes import GradientPass, PassResult
+from .passes import GradientPass
 from .peft_check import taken_by_peft
+from .sample_passes import SamplePasses
 from .schedule import Plan, agreed, choose_schedule
 
 logger = logging.getLogger(__name__)
@@ -127,22 +126,16 @@ def compute(
     processes: Processes,
 ) -> Adapter:
     """`initialize`, when the model is open and the data are read."""
-    opened, given, others = inputs.opened, inputs.data, inputs.held_out
-    rows = batches_of(given)
-    saved = opened.saved if loss is None else ()
-    wanted = inputs.config
-    targets = select_targets(opened.module, wanted.target_modules, wanted.exclude_modules, saved, wanted.vision_layers)
-    if inputs.settings is None:  # else PEFT has these layers already
-        targets = taken_by_peft(opened.module, targets, wanted, opened.directory)
-    config, limits = rank_limits(targets, wanted, inputs.settings)
+    opened, given, others, settings = inputs.opened, inputs.data, inputs.held_out, inputs.settings
+    rows, saved, in_halves = batches_of(given), opened.saved if loss is None else (), growth is not None
+    targets = _choose_targets(inputs, saved)
+    config, limits = rank_limits(targets, inputs.config, settings)
     objective = _choose_objective(opened, loss)
     if not rows:
         raise DataError("there are no batches; give at least one")
     objective.check([*rows, *others])
     check_agreement(processes, opened, targets, [*rows, *others], config, growth)
-    share = shares_of(whole_batches(rows, objective.by_row), processes.size)[processes.index]
-    own = [piece.content for piece in share]
-    in_halves = growth is not None
+    own = [piece.content for piece in shares_of(whole_batches(rows, objective.by_row), processes.size)[processes.index]]
     plan = choose_schedule(schedule, opened, targets, [*own, *others], max_memory, in_halves, limits)
     plan = agreed(plan, processes.gather(plan))
     logger.info("Schedule: %s (%s)", plan.schedule, plan.why)
@@ -157,42 +150,16 @@ def compute(
         monitor=monitor,
         processes=processes,
     )
-
-    is_padded: bool | None = None  # unknown before the first pass
-
-    def take(sample: SampleOrBatches) -> PassResult:
-        nonlocal gradient_pass, is_padded
-        batches = batches_of(sample if is_padded is not False else unpadded(sample))
-        try:
-            result = gradient_pass.run(batches, in_halves=in_halves)
-        except UncalledError as error:
-            left = _without_uncalled(error, gradient_pass.targets, config, processes)
-            result = None  # out here the error, and all that its frames hold, is gone
-        if result is None:
-            settled, limits = rank_limits(left, wanted, inputs.settings)
-            gradient_pass = replace(gradient_pass, targets=left, config=settled, limits=limits)
-            result = gradient_pass.run(batches, in_halves=in_halves)
-        if is_padded is None:
-            is_padded = can_be_padded(stack, objective, batches, result.losses, processes)
-            if is_padded is False:
-                return take(sample)
-        return result
-
+    passes = SamplePasses(gradient_pass, inputs.config, settings, in_halves)
     with _ready(opened, stack, targets, plan):
-        used, found, grown = grow(given, growth, take)
-        if not is_padded:  # where nothing is known, what is not padded stays as it is
-            used, others = unpadded(used), batches_of(unpadded(others))
-        targets, config = dict(gradient_pass.targets), gradient_pass.config
+        used, found, grown = grow(given, growth, passes.take)
+        used, others = passes.as_run(used), batches_of(passes.as_run(others))
+        targets, config = passes.targets, passes.config
         expected = expected_passes(config.gamma, held_out=bool(others))
         evaluator = LossEvaluator(stack, objective, monitor, processes, expected)
+        scales = dict.fromkeys(targets, config.scale) if settings is None else settings.scales
         with monitor.timed("evaluate"):
-            scales = dict.fromkeys(targets, config.scale) if inputs.settings is None else inputs.settings.scales
-            pairs = found.pairs if inputs.settings is None else inputs.settings.scaled(found.pairs, config.scale)
-            fall = first_order_fall(found.layers, scales)
-            gamma, report = evaluate_step(
-                evaluator, batches_of(used), found.losses, others, pairs, fall, targets, config
-            )
-            del pairs
+            gamma, report = evaluate_step(evaluator, batches_of(used), others, found, targets, config, scales)
     if opened.checkpoint is not None:
         opened.checkpoint.check_unchanged()
     return Adapter(
@@ -211,24 +178,11 @@ def compute(
     )
 
 
-def _without_uncalled(
-    error: UncalledError, targets: Mapping[str, nn.Module], config: InitConfig, processes: Processes
-) -> dict[str, nn.Module]:
-    """The targets without those that nothing calls, if they are only a part of "all-linear"; else it is an error.
-
-    So it is with several processes, of which some may have no rows, and would not know.
-    """
-    left = {name: module for name, module in targets.items() if name not in error.layers}
-    if config.target_modules != ALL_LINEAR or processes.size > 1 or not left:
-        raise error
-    logger.warning(
-        "%d of %d layers are left out, such as %s: they are never called, but the model reads their weights, so that an"
-        " adapter would have no effect there",
-        len(targets) - len(left),
-        len(targets),
-        error.layers[0],
-    )
-    return left
+def _choose_targets(inputs: Inputs, saved: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The layers that are asked for, without those that PEFT would not take; in place, PEFT has them already."""
+    wanted, opened = inputs.config, inputs.opened
+    targets = select_targets(opened.module, wanted.target_modules, wanted.exclude_modules, saved, wanted.vision_layers)
+    return targets if inputs.settings is not None else taken_by_peft(opened.module, targets, wanted, opened.directory)
 
 
 @contextmanager

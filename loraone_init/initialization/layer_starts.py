@@ -38,13 +38,6 @@ class LayerSettings:
     ranks: Mapping[str, int]
     scales: Mapping[str, float]
 
-    def scaled(self, pairs: Mapping[str, LoraPair], scale: float) -> dict[str, LoraPair]:
-        """The factors with each layer's own scale in B, for those who multiply every layer's product by `scale`."""
-        return {
-            name: pair if self.scales[name] == scale else replace(pair, B=pair.B * (self.scales[name] / scale))
-            for name, pair in pairs.items()
-        }
-
 
 def rank_limits(
     targets: Mapping[str, nn.Module], config: InitConfig, settings: LayerSettings | None = None
