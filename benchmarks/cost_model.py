@@ -1,23 +1,15 @@
 """What an initialisation costs, as formulas: bytes moved, floating-point operations and memory, by stage and placement.
 
-    python benchmarks/cost_model.py      # writes the tables of docs/scaling.md and the README anew
-
 The constants are those that were measured where there are measurements (benchmarks/results), else data sheets'.
+benchmarks/tables.py makes tables of it.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
-
-HERE = Path(__file__).parent
-DOCUMENT = HERE.parent / "docs" / "scaling.md"
-README = HERE.parent / "README.md"
+from typing import Literal
 
 Placement = Literal["device", "host", "disk"]
 Schedule = Literal["rows", "blocks"]
@@ -277,149 +269,3 @@ def svd_batches(model: Model) -> float:
         "down": (model.hidden * model.intermediate, 1),
     }
     return sum(count / math.ceil(SVD_BATCH / (GRADIENT * elements)) for elements, count in sizes.values())
-
-
-def machine_for_predictions() -> tuple[Machine, bool]:
-    """An H100 node: by data sheets, or with the ceilings that benchmarks/gpu.py measured; and whether it did."""
-    file = HERE / "results" / "gpu.json"
-    if not file.is_file():
-        return H100_NODE, False
-    from gpu_cases.goals import stage_flops
-    from gpu_cases.shapes import LLAMA_2_7B
-
-    cases = json.loads(file.read_text())["cases"]
-    ceilings, ours = cases["ceilings"], cases["ours by blocks, device, 64 rows"]
-    rate = ceilings["bf16_tflops"] * 1e12
-    reached = stage_flops(LLAMA_2_7B, 64, ours["loss_rows"], "blocks")["backward"] / ours["stages"]["backward"]
-    measured = replace(
-        H100_NODE,
-        matrix_rate=rate,
-        efficiency=reached / rate,
-        host_to_device=ceilings["host_to_device_gb_per_s"] * 1e9,
-        disk=ceilings["disk_gb_per_s"] * 1e9,
-        file_cache=ceilings["file_cache_gb_per_s"] * 1e9,
-    )
-    return measured, True
-
-
-def predictions_table(machine: Machine) -> str:
-    lines = [
-        "| model | GPUs | schedule | placement | on each GPU | host memory of a node | moved by each GPU |"
-        " TFLOP of each | open | forward | backward | reduce | SVD | evaluate | all |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for model in (LLAMA_8B, LLAMA_70B, LLAMA_405B):
-        for ranks in (1, 8, 64):
-            cost = predict(model, ranks, machine)
-            place = cost.placement + (", inputs in host memory" if cost.inputs_on_host else "")
-            amounts = (cost.device_bytes, cost.host_bytes, cost.moved_bytes)
-            cells = [model.name, str(ranks), cost.schedule, place, *[f"{amount / 1e9:,.0f} GB" for amount in amounts]]
-            cells.append(f"{cost.flops / 1e12:,.0f}")
-            cells += [f"{seconds:,.0f} s" for seconds in (*cost.seconds.values(), cost.total)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def shared_table(machine: Machine) -> str:
-    """Reading shared between the GPUs of a node, beside each for itself, as the table above has it."""
-    lines = [
-        "| model | GPUs | | host memory of a node | over PCIe, each GPU | forward | backward | evaluate | all |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for model in (LLAMA_70B, LLAMA_405B):
-        for how, cost in (("each for itself", predict), ("shared", shared_reading)):
-            found = cost(model, 8, machine)
-            amounts = [f"{amount / 1e9:,.0f} GB" for amount in (found.host_bytes, found.moved_bytes)]
-            seconds = [found.seconds[stage] for stage in ("forward", "backward", "evaluate")]
-            cells = [model.name, "8", how, *amounts, *[f"{s:,.0f} s" for s in (*seconds, found.total)]]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def init_table() -> str:
-    """Wall time and memory, as benchmarks/init.py found them."""
-    from init import markdown
-
-    return markdown(json.loads((HERE / "results" / "init.json").read_text()))
-
-
-def cpu_table() -> str:
-    """What the stages of benchmarks/init.py reached of that CPU's matrix rate."""
-    from init import OURS, stage_flops
-
-    result: dict[str, Any] = json.loads((HERE / "results" / "init.json").read_text())
-    rate = result["machine"]["matrix_gflops"]
-    lines = ["| rows | schedule | stage | GFLOP | seconds | of the matrix rate |", "|---|---|---|---|---|---|"]
-    for rows, case in result["cases"].items():
-        for ours in (case[name] for name in OURS):
-            every = stage_flops(int(rows), ours["tokens"], ours["label_tokens"], ours["schedule"])
-            for stage, flops in every.items():
-                seconds = ours["stages"][stage]
-                share = flops / seconds / 1e9 / rate
-                cells = (rows, ours["schedule"], stage, f"{flops / 1e9:,.0f}", f"{seconds:.1f}", f"{share:.0%}")
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"The matrix rate is {rate:.0f} GFLOP/s, of fp32 products of 2048³ on two threads."])
-
-
-def readme_table() -> str:
-    """Of the larger sample: wall time and memory beside PEFT's, and what each stage reached of the matrix rate."""
-    from init import OURS, limit_seconds, stage_flops
-
-    result: dict[str, Any] = json.loads((HERE / "results" / "init.json").read_text())
-    case, machine = result["cases"]["64"], result["machine"]
-    peft = case["PEFT lora_ga"]
-    lines = [
-        "| | wall | peak memory | of PEFT's wall | of PEFT's memory | of the machine's matrix rate |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in (*OURS, "PEFT lora_ga"):
-        found = case[name]
-        figures = [f"{found['seconds']:.1f} s", f"{found['peak_mb']:,.0f} MB"]
-        figures += [f"{found[key] / peft[key]:.2f}" for key in ("seconds", "peak_mb")]
-        shares = []
-        if name in OURS:
-            flops = stage_flops(64, found["tokens"], found["label_tokens"], found["schedule"])
-            for stage, number in flops.items():
-                share = number / found["stages"][stage] / 1e9 / machine["matrix_gflops"]
-                shares.append(f"{stage} {share:.0%}")
-        lines.append(f"| {name} | {' | '.join(figures)} | {', '.join(shares)} |")
-    limit = limit_seconds(machine, case["ours"])
-    lines.append(
-        f"| the limit of this machine | {limit:.1f} s | | {limit / peft['seconds']:.2f} | | 100%, and imports |"
-    )
-    return "\n".join(lines)
-
-
-def scale_table() -> str:
-    """Memory and time over depth and rows, as benchmarks/scale.py found them."""
-    from scale import markdown
-
-    return markdown(json.loads((HERE / "results" / "scale.json").read_text()))
-
-
-def tables() -> dict[str, str]:
-    """What stands between the marks of docs/scaling.md."""
-    machine, _ = machine_for_predictions()
-    return {
-        "init": init_table(),
-        "cpu": cpu_table(),
-        "scale": scale_table(),
-        "predictions": predictions_table(machine),
-        "shared": shared_table(machine),
-    }
-
-
-def filled_in(text: str, written: dict[str, str] | None = None) -> str:
-    """A document with its tables as they are now. written: by name of the mark; None: those of `DOCUMENT`."""
-    for name, table in (tables() if written is None else written).items():
-        marks = re.compile(rf"(<!-- {name}: .*? -->\n).*?(<!-- end of {name} -->)", re.S)
-        text, replaced = marks.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
-        if replaced != 1:
-            raise SystemExit(f"there are no marks for the table {name!r}")
-    return text
-
-
-if __name__ == "__main__":
-    DOCUMENT.write_text(filled_in(DOCUMENT.read_text()))
-    README.write_text(filled_in(README.read_text(), {"init": readme_table()}))
-    print("\n\n".join(tables().values()))

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,14 +112,14 @@ def commands(adapter: Path) -> dict[str, list[str]]:
     from loraone_init.models.sources import resolve_model
 
     code = [sys.executable, "-c"]
+    threads = {"torch, then sympy and scipy": [*code, IN_TURN], "the same in two threads": [*code, AT_ONCE]}
     return {
         "`loraone-inspect FILE`": ours("inspect", str(adapter)),
         "`import torch`": [*code, "import torch"],
         "torch and transformers, imported as they are": [*code, LIBRARIES],
         "the same as the commands import them": [*code, OURS],
         "the model and its tokenizer, as PEFT's users open them": [*code, OPENED, str(resolve_model("demo").directory)],
-        "torch, then sympy and scipy": [*code, IN_TURN],
-        "the same in two threads": [*code, AT_ONCE],
+        **(threads if find_spec("scipy") else {}),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 from torch import nn
@@ -14,11 +14,11 @@ from ..adapter.wording import count, describe_ranks, describe_sample
 from ..choosing.sample_size import Growth
 from ..config import AUTO, Auto, InitConfig, Schedule
 from ..data.sample import Sample
-from ..initialization.estimate import estimate_memory, estimate_seconds, matrix_rate
+from ..initialization.estimate import Memory, estimate_memory, estimate_seconds, matrix_rate
 from ..initialization.evaluation import expected_passes, num_evaluated
 from ..initialization.layer_starts import rank_limits
 from ..initialization.peft_check import taken_by_peft
-from ..initialization.schedule import choose_schedule
+from ..initialization.schedule import Plan, choose_schedule
 from ..layers.experts import ExpertLinear
 from ..layers.targets import layer_shape, left_out_layers, select_targets
 from ..machine import describe_size, used_memory
@@ -61,7 +61,9 @@ def plan(
     for kind in get_args(Schedule):
         memory = estimate_memory(opened, targets, sample.batches, growth is not None, limits, kind, chosen.most_tokens)
         seconds = estimate_seconds(opened, targets, sample.batches, sample.num_label_tokens, evaluated, kind, rate)
-        costs[kind] = {"memory_bytes": program + memory.total, "seconds": round(seconds * more_samples, 1)}
+        total = program + _resident(memory, chosen).total
+        costs[kind] = {"memory_bytes": total, "seconds": round(seconds * more_samples, 1)}
+    needs = _resident(chosen.needs, chosen)
     return {
         "base": opened.name,
         "layers": [{"name": name, "shape": shape, "count": number} for (name, shape), number in kinds.items()],
@@ -77,9 +79,14 @@ def plan(
         "dtype": str(next(iter(targets.values())).weight.dtype).removeprefix("torch."),
         "placement": opened.placement,
         "schedule": {"chosen": chosen.schedule, "why": chosen.why, **costs},
-        "memory_bytes": {"program": program, **asdict(chosen.needs), "total": program + chosen.needs.total},
+        "memory_bytes": {"program": program, **asdict(needs), "total": program + needs.total},
         "seconds": costs[chosen.schedule]["seconds"],
     }
+
+
+def _resident(memory: Memory, chosen: Plan) -> Memory:
+    """Without the block inputs that go to a file."""
+    return memory if chosen.device_bytes is None else replace(memory, inputs=min(memory.inputs, chosen.device_bytes))
 
 
 def _count_parameters(targets: Mapping[str, nn.Module], ranks: Mapping[str, float]) -> int:
@@ -108,7 +115,7 @@ def print_plan(content: Mapping[str, Any], as_json: bool) -> None:
         "outside": "weights that stay",
         "block": "weights that come and go",
         "gradients": "gradients",
-        "inputs": "inputs of all blocks",
+        "inputs": "inputs of blocks",
         "working": "a micro-batch",
     }
     at_most = "at most " if content["growth"] else ""

@@ -122,14 +122,9 @@ def open_model(
     blocks = _blocks_of(module, block_path)
     reader, obstacle = _find_reader(module, checkpoint, blocks, trust_remote_code)
     choice = _choose_place(module, blocks, wanted, obstacle)
-    store: WeightStore = ResidentStore()
-    if not weights:
-        pass  # names and shapes are there
-    elif reader is not None:
-        store = _open_streamed(module, head, blocks, reader, choice.place, place)
-    else:
-        module, store = _open_whole(source, module, head, blocks, choice.place, wanted)
+    store: WeightStore = ResidentStore()  # names and shapes are there
     if weights:
+        module, store = _read_weights(source, module, head, blocks, reader, choice.place, wanted)
         draw_modules(module, head.lacking, seed, place)
     tokenizer = load_tokenizer(source, trust_remote_code)
     settle_padding(module, tokenizer)
@@ -222,6 +217,21 @@ def _choose_place(model: PreTrainedModel, blocks: Sequence[str], wanted: Wanted,
     if wanted.weights:
         logger.log(logging.WARNING if obstacle else logging.INFO, "Placement: %s (%s)", choice.place, choice.why)
     return choice
+
+
+def _read_weights(
+    source: LocalModel,
+    model: PreTrainedModel,
+    head: Head,
+    blocks: Sequence[str],
+    reader: WeightReader | None,
+    place: Place,
+    wanted: Wanted,
+) -> tuple[PreTrainedModel, WeightStore]:
+    """The model with its weights, and what holds those of the blocks. reader: None where it can only be read whole."""
+    if reader is None:
+        return _open_whole(source, model, head, blocks, place, wanted)
+    return model, _open_streamed(model, head, blocks, reader, place, wanted.device)
 
 
 def _open_streamed(

@@ -1,15 +1,33 @@
-"""Which process decomposes the gradient of which layer."""
+"""Which process decomposes the gradient of which layer, and how values and gradients come together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
 
 if TYPE_CHECKING:
-    import torch
-
     from ..linalg.layer_gradient import LayerGradient
+
+
+T = TypeVar("T")
+
+
+def gathered(value: T) -> list[T]:
+    """The values that all processes of the default group give, in their order."""
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def summed_on(part: torch.Tensor, device: str, owner: int, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """The sum over all processes, right on the owner alone."""
+    total = part.to(device).contiguous()
+    dist.reduce(total, dst=owner, group=group)
+    return total
 
 
 def deal_out(

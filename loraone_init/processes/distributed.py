@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from ..environment import environment_number
 from ..errors import ConfigError, LoraOneError
 from ..failures import fail, failure_text
-from .dealing import deal_out
+from .dealing import deal_out, gathered, summed_on
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -76,20 +76,15 @@ class Group:
 
     def gather(self, value: T) -> list[T]:
         self.exchanged = True
-        values: list[T | None] = [None] * self.size
         with _exchange():
-            dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]
+            return gathered(value)
 
     def share(self, gradients: Iterable[LayerGradient]) -> Iterator[LayerGradient]:
         yield from deal_out(gradients, self.index, self._owned, self._sum)
 
     def _sum(self, part: torch.Tensor, owner: int) -> torch.Tensor:
-        """Of all ranks; right on the owner alone."""
-        total = part.to(self.device).contiguous()
         with _exchange():
-            dist.reduce(total, dst=owner, group=self._tensors)
-        return total
+            return summed_on(part, self.device, owner, self._tensors)
 
     @contextmanager
     def first(self) -> Iterator[None]:

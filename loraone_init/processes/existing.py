@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from .dealing import deal_out
+from .dealing import deal_out, gathered, summed_on
 from .processes import Alone, Processes
 
 if TYPE_CHECKING:
@@ -37,17 +37,13 @@ class _DefaultGroup:
         self._owned = [0] * self.size
 
     def gather(self, value: T) -> list[T]:
-        values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values  # type: ignore[return-value]
+        return gathered(value)
 
     def share(self, gradients: Iterable[LayerGradient]) -> Iterator[LayerGradient]:
         yield from deal_out(gradients, self.index, self._owned, self._sum)
 
     def _sum(self, part: torch.Tensor, owner: int) -> torch.Tensor:
-        total = part.to(self.device).contiguous()
-        dist.reduce(total, dst=owner)
-        return total
+        return summed_on(part, self.device, owner)
 
     @contextmanager
     def first(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import cost_model
 import pytest
+import tables
 from cost_model import GRADIENT, H100_NODE, LLAMA_70B, LLAMA_405B, LOGITS, WEIGHT, Model, device_bytes, predict
 from support.causal import make_batches
 from support.paths import ROOT
@@ -19,12 +20,11 @@ from loraone_init.layers.targets import select_targets
 from loraone_init.models.opening import open_module
 
 
-def test_tables_of_the_document_are_the_models() -> None:
-    text = (ROOT / "docs" / "scaling.md").read_text()
-    assert text == cost_model.filled_in(text), "run python benchmarks/cost_model.py"
-    assert all(table in text for table in cost_model.tables().values())
-    readme = (ROOT / "README.md").read_text()
-    assert readme == cost_model.filled_in(readme, {"init": cost_model.readme_table()})
+def test_tables_of_the_documents_are_the_models() -> None:
+    for document, content in tables.documents().items():
+        text = document.read_text()
+        assert text == tables.filled_in(text, content), "run python benchmarks/tables.py"
+        assert all(table in text for table in content.values())
 
 
 def test_assumptions_of_the_document_are_the_models() -> None:
