@@ -149,9 +149,7 @@ source_options = together(
 """How the hub is asked."""
 
 push_options = together(
-    _hub(
-        "--push-to-hub", metavar="ORG/NAME", help="Upload the adapter, and its card if it has one."
-    ),
+    _hub("--push-to-hub", metavar="ORG/NAME", help="Upload the adapter, and its card if it has one."),
     _hub("--private", is_flag=True, help="Make that repository a private one."),
 )
 """Where the result is published."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from ..layers.targets import layer_shape
 from ..linalg.layer_gradient import LayerGradient
 from ..linalg.products import add_product
 from ..streaming.coroutines import running
+from ..streaming.taps import tapped
 
 WIDE_TOKENS = 512
 """Tokens that are worth waiting for with any layer. With more, what waits in all layers of a large model that is run as
@@ -28,7 +29,7 @@ class Collector:
 
     The gradient of the weight itself is never asked for: a layer's input is kept by a forward hook and multiplied
     with the gradient of its output when that arrives. So frozen, tied and quantized weights work alike. The output
-    passes through `_Passing`: a hook on the tensor would be lost where a model goes on to change a view in place.
+    is tapped (see `tapped`), since a hook on it would be lost where a model goes on to change a view in place.
     Products wait until enough tokens are together (see `_wide`): narrow ones are mostly reading and writing of the sum.
 
     num_parts: sums of each layer; `turn_to` says which of them what comes now adds to.
@@ -87,8 +88,7 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()))
         _check_product(name, module, x, output)
         add = partial(self._add, name, x.detach(), x._version)
-        passed: torch.Tensor = _Passing.apply(_TRIGGER, output, add)  # type: ignore[no-untyped-call]
-        return passed
+        return tapped(output, add)
 
     def _add(self, name: str, x: torch.Tensor, version: int, dY: torch.Tensor) -> None:
         if x._version != version:  # the product would be of another x, and nothing else would notice
@@ -105,29 +105,6 @@ class Collector:
         dY, X = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
         sums = self._sums[self._part]
         sums[name] = add_product(sums.get(name), dY, X)
-
-
-_TRIGGER = torch.zeros((), device="cpu", requires_grad=True)
-"""Where nothing below a layer needs a gradient, the graph starts with this; it gets none."""
-
-
-class _Passing(torch.autograd.Function):
-    """A layer's output as it is; `take` is called with its gradient, which then passes on.
-
-    What comes out shares the storage, but is no view, whatever the layer returned: it may be changed in place.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, trigger: torch.Tensor, output: torch.Tensor, take: Callable[[torch.Tensor], None]
-    ) -> torch.Tensor:
-        ctx.take = take
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, dY: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        ctx.take(dY)
-        return None, dY, None
 
 
 def _check_product(name: str, module: nn.Module, x: Any, output: Any) -> None:

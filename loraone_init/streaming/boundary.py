@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from .keeping import Keeper, Kept
-
-_TRIGGER = torch.zeros((), device="cpu", requires_grad=True)
-"""A function needs an input that requires a gradient for its outputs to require one; this one never gets any."""
-
-
-class _Exit(torch.autograd.Function):
-    """A tensor that starts a graph; whatever gradient reaches it is handed to `take`.
-
-    Unlike a leaf with its `.grad`, the graph does not hold the tensor: it is gone when the model is done with it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, trigger: torch.Tensor, value: torch.Tensor, take: Callable[[torch.Tensor], None]
-    ) -> torch.Tensor:
-        ctx.take = take
-        return value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
-        ctx.take(gradient)
-        return None, None, None
+from .taps import tapped
 
 
 class Gradients:
@@ -105,11 +83,7 @@ class Answer:
         gradients = self._gradients
         if gradients is None:
             return tensor.detach()
-        with torch.enable_grad():
-            exited: torch.Tensor = _Exit.apply(  # type: ignore[no-untyped-call]
-                _TRIGGER, tensor, lambda gradient: gradients.add(number, gradient)
-            )
-        return exited
+        return tapped(tensor, lambda gradient: gradients.add(number, gradient))
 
 
 def leaf(value: Any, with_grad: bool) -> Any:
